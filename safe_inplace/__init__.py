@@ -1,0 +1,11 @@
+"""In-place PyTorch ops that cannot corrupt a gradient, and a guard that names the write that would."""
+
+__version__ = "0.1.0"
+
+from ._build import require_matching_build
+
+require_matching_build()
+
+from .ops import add_, add_mul_, addcmul_, mul_, mul_add_  # noqa: E402
+
+__all__ = ["add_", "add_mul_", "addcmul_", "mul_", "mul_add_"]

@@ -1,0 +1,210 @@
+"""Build of safe_inplace._C. What is declared lives in pyproject.toml; here is only what depends on the torch found."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+TORCH_FIRST, TORCH_BEYOND = (2, 11), (2, 16)
+
+# Machine code for the two data-centre generations in use; the PTX of the newer one is compiled by the driver of any
+# later GPU, so that a wheel built on a machine without a GPU (where torch has no device to ask) runs on all of them.
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+
+
+def stop(problem: str, remedy: str) -> NoReturn:
+    raise SystemExit(f"safe_inplace cannot be built: {problem}; {remedy}.")
+
+
+def import_torch():
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        # pip builds in an environment of its own, which hides the torch that this interpreter has; but the extension
+        # works with one torch only, the one that will run it, so a torch fetched for the build would be the wrong one.
+        sys.path.append(sysconfig.get_path("purelib"))
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            stop(
+                "torch is not installed where the build runs",
+                "the extension is compiled for the torch that will run it: pip install 'torch>=2.11,<2.16' and then "
+                "pip install --no-build-isolation .",
+            )
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if not TORCH_FIRST <= found < TORCH_BEYOND:
+        stop(
+            f"torch {torch.__version__} is outside the supported range 2.11 to 2.15",
+            "pip install 'torch>=2.11,<2.16'",
+        )
+    return torch
+
+
+def require_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        stop(f"no C++ compiler ({compiler} is not on PATH)", "install g++ 11 or newer, or name a compiler in CXX")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        stop(
+            f"Python.h is not in {sysconfig.get_path('include')}",
+            f"install the headers of Python {sysconfig.get_python_version()} "
+            f"(Debian, Ubuntu: python{sysconfig.get_python_version()}-dev)",
+        )
+
+
+def find_cuda_home() -> Path | None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable])
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return Path("/usr/local/cuda") if Path("/usr/local/cuda/bin/nvcc").is_file() else None
+    # The nvcc on PATH may be a link to, or a script around, the real one: only the compiler knows its own folder.
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    )
+    top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    return Path(top.group(1).strip()).resolve() if top else Path(nvcc).resolve().parent.parent
+
+
+def cuda_toolkit(torch) -> tuple[Path, str] | None:
+    """The toolkit to compile device code with and its version, or None for a build without CUDA."""
+    force = os.environ.get("FORCE_CUDA", "")
+    if force not in ("", "0", "1"):
+        stop(f"FORCE_CUDA is {force!r}", "set it to 1 (with CUDA), to 0 (without), or leave it unset")
+    if force == "0" or (not force and torch.version.cuda is None):
+        return None
+    if torch.version.cuda is None:
+        stop(f"FORCE_CUDA=1, but torch {torch.__version__} was built without CUDA", "install a CUDA build of torch")
+    wanted = torch.version.cuda
+    home = find_cuda_home()
+    if home is None or not (home / "bin" / "nvcc").is_file():
+        if not force:
+            return None
+        stop(
+            "FORCE_CUDA=1, but nvcc was not found" + (f" in {home / 'bin'}" if home else ""),
+            f"install the CUDA {wanted} toolkit and put its nvcc on PATH or its folder in CUDA_HOME",
+        )
+    text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+\.\d+)", text)
+    if version is None:
+        stop(f"{home / 'bin' / 'nvcc'} --version names no release", f"install the CUDA {wanted} toolkit")
+    if version.group(1).split(".")[0] != wanted.split(".")[0]:
+        stop(
+            f"nvcc is of CUDA {version.group(1)}, torch {torch.__version__} of CUDA {wanted}",
+            f"install the CUDA {wanted} toolkit and name its folder in CUDA_HOME, or set FORCE_CUDA=0",
+        )
+    return home, version.group(1)
+
+
+def system_includes(torch, cuda_home: Path | None) -> list[str]:
+    from torch.utils.cpp_extension import include_paths
+
+    folders = [Path(folder) for folder in include_paths("cuda" if cuda_home else "cpu")]
+    if cuda_home:
+        # ATen's CUDA headers include cuBLAS's, cuSPARSE's and cuSOLVER's. A toolkit installed without these libraries
+        # lacks them; torch's own nvidia packages carry them. Last in order: the toolkit's headers fit its compiler.
+        site_packages = Path(torch.__file__).parent.parent
+        folders.append(site_packages / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}" / "include")
+        needed = ("cublas_v2.h", "cusparse.h", "cusolverDn.h")
+        missing = [name for name in needed if not any((folder / name).is_file() for folder in folders)]
+        if missing:
+            stop(
+                f"{', '.join(missing)} not found in the toolkit {cuda_home} nor beside torch",
+                f"install the development files of cuBLAS, cuSPARSE and cuSOLVER {torch.version.cuda}, "
+                "or set FORCE_CUDA=0",
+            )
+    # As system folders: warnings are wanted for this project's code only.
+    return [argument for folder in folders if folder.is_dir() for argument in ("-isystem", str(folder))]
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def extension() -> tuple[Extension, type, dict[str, str | None]]:
+    torch = import_torch()
+    require_compiler()
+    toolkit = cuda_toolkit(torch)
+    if toolkit:
+        os.environ["CUDA_HOME"] = str(toolkit[0])
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    facts = {
+        "torch": torch.__version__,
+        "cuda": toolkit[1] if toolkit else None,
+        "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"] if toolkit else None,
+        "python": sysconfig.get_python_version(),
+    }
+    strings = [
+        f'-DSAFE_INPLACE_{name.upper()}="{value}"'
+        for name, value in (
+            ("torch_version", facts["torch"]),
+            ("cuda_version", facts["cuda"]),
+            ("cuda_archs", facts["cuda_archs"]),
+        )
+        if value
+    ]
+    shared = ["-std=c++20", "-O3", *system_includes(torch, toolkit[0] if toolkit else None)]
+    cxx = [
+        *shared,
+        *strings,
+        "-g0",
+        "-Wall",
+        "-Wextra",
+        "-fvisibility=hidden",
+        # Error messages of torch quote __FILE__; the folder of the build says nothing to those who read them.
+        f"-fmacro-prefix-map={ROOT}/=",
+        # at::parallel_for is a template: a file compiled without OpenMP runs it on one thread and says nothing.
+        "-fopenmp",
+    ]
+    # at::parallel_for in a .cu file needs OpenMP in the host compiler as well.
+    nvcc = [*shared, "--extended-lambda", "-lineinfo", "-Xcompiler", "-g0,-fvisibility=hidden,-fopenmp"]
+    return (
+        (CUDAExtension if toolkit else CppExtension)(
+            "safe_inplace._C",
+            sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu", "csrc/cuda/*.cpp"] if toolkit else [])),
+            include_dirs=[str(ROOT / "csrc")],
+            define_macros=[("SAFE_INPLACE_WITH_CUDA", None)] if toolkit else [],
+            extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+            extra_link_args=["-fopenmp"],
+        ),
+        BuildExtension,
+        facts,
+    )
+
+
+def build_arguments() -> dict:
+    compiled, build_extension, facts = extension()
+
+    class build_ext(build_extension):
+        """Leaves a note beside the extension of what it was built for: it can be read where the extension cannot be
+        loaded any more, under another torch."""
+
+        def run(self) -> None:
+            super().run()
+            package = ROOT / "safe_inplace" if self.inplace else Path(self.build_lib, "safe_inplace")
+            package.mkdir(parents=True, exist_ok=True)
+            lines = [f"{name} = {value!r}\n" for name, value in facts.items()]
+            (package / "_build_info.py").write_text("# Written by setup.py.\n" + "".join(lines))
+
+    return {"ext_modules": [compiled], "cmdclass": {"build_ext": build_ext}}
+
+
+# An sdist and the metadata can be made without torch and without a compiler.
+if {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"} & set(sys.argv):
+    setup(license="BSD-3-Clause", **build_arguments())
+else:
+    setup(license="BSD-3-Clause", ext_modules=[Extension("safe_inplace._C", sources("csrc/*.cpp", "csrc/cpu/*.cpp"))])
