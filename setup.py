@@ -20,7 +20,7 @@ DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
 
 def stop(problem: str, remedy: str) -> NoReturn:
-    raise SystemExit(f"safe_inplace cannot be built: {problem}; {remedy}.")
+    raise SystemExit(f"safe_inplace cannot be built: {problem}; {remedy}")
 
 
 def import_torch():

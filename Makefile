@@ -1,0 +1,108 @@
+# make test | demo | bench | bench-full | clean
+#
+# Each target sets up what it needs, in a virtual environment of its own per torch:
+#   TORCH=torch==2.14.1 make test     another torch (any requirement pip understands)
+#   TORCH=installed make test         no virtual environment and no download: what $(PYTHON) has
+#   VENV=somewhere, PYTHON=python3.12, FORCE_CUDA=0|1, TORCH_CUDA_ARCH_LIST="9.0", MAX_JOBS=4
+#   ARGS="-k mul_ -x"                 more arguments for pytest, the demo or the benchmarks
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-builtin-rules
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+TORCH ?= torch==2.13.0
+KEY := $(shell tr -c 'A-Za-z0-9.+\n' - <<< '$(subst ==,-,$(TORCH))')
+VENV ?= .venv/$(KEY)
+MAX_JOBS ?= $(shell nproc)
+ARGS ?=
+export MAX_JOBS
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c '$(SUPPORTED)' 2>/dev/null && echo "$$p" && break; done)
+
+# The tests, the demo and the benchmarks use the extension built in the source tree.
+export PYTHONPATH := $(CURDIR)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+say = @echo "==> $(1)"
+
+ifeq ($(TORCH),installed)
+PY := $(PYTHON)
+extra =
+venv :=
+else
+PY := $(VENV)/bin/python
+extra = $(VENV)/.extra-$(1)
+venv := $(VENV)/.torch
+endif
+
+BUILD := build/$(KEY)
+BUILT := $(BUILD)/built
+# One torch at a time has its extension in the tree; its objects stay in $(BUILD), so that coming back is cheap.
+CONFIG := $(KEY) $(VENV) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
+IN_TREE := build/in-tree
+NOTE := safe_inplace/_build_info.py
+SOURCES := setup.py $(shell find csrc -type f)
+
+.PHONY: help test demo bench bench-full clean again
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+test: $(BUILT) $(call extra,test) $(call extra,demo)
+	$(call say,tests of safe_inplace on $(TORCH))
+	@$(PY) -m safe_inplace env
+	@$(PY) -m pytest $(ARGS)
+
+demo: $(BUILT) $(call extra,demo)
+	$(call say,the demo: the digits - then the modules of the in-place tutorials)
+	@$(PY) -m examples.digits $(ARGS)
+	@$(PY) -m examples.tutorial_modules
+
+bench: $(BUILT) $(call extra,bench)
+	$(call say,the benchmarks - the short set)
+	@$(PY) -m benchmarks $(ARGS)
+
+bench-full: $(BUILT) $(call extra,bench)
+	$(call say,the benchmarks - the full set)
+	@$(PY) -m benchmarks --full $(ARGS)
+
+clean:
+	$(call say,removing build/ and dist/ and the extension in the tree; .venv/ stays)
+	@rm -rf build dist *.egg-info safe_inplace/_C*.so $(NOTE)
+
+$(VENV)/.python:
+	@test -n '$(PYTHON)' || { echo 'Python 3.11, 3.12 or 3.13 is needed, and none is on PATH; install one, or name it: PYTHON=...'; exit 1; }
+	@'$(PYTHON)' -c '$(SUPPORTED)' || { echo '$(PYTHON) is not Python 3.11, 3.12 or 3.13; name one: PYTHON=...'; exit 1; }
+	$(call say,virtual environment $(VENV) with $(shell $(PYTHON) --version))
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# What the build needs is read from pyproject.toml, as are the extras below: named once.
+requirements = $(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("\n".join($(1)))'
+
+$(VENV)/.torch: $(VENV)/.python
+	$(call say,installing $(TORCH) and the tools of the build)
+	@$(PY) -m pip install -qq '$(TORCH)' numpy -r <($(call requirements,p["build-system"]["requires"]))
+	@touch $@
+
+$(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
+	$(call say,installing what the $* needs)
+	@$(PY) -m pip install -qq -r <($(call requirements,p["project"]["optional-dependencies"]["$*"]))
+	@touch $@
+
+ifneq ($(CONFIG),$(shell cat $(IN_TREE) 2>/dev/null))
+$(BUILT): again
+endif
+# Written by every build: where it is newer than ours, another torch may have been built for by hand.
+$(NOTE):
+
+$(BUILT): $(SOURCES) $(NOTE) $(venv)
+	$(call say,building the extension for $(TORCH); all that the compilers say is in $(BUILD)/log)
+	@mkdir -p $(BUILD) && rm -f $(IN_TREE)
+	@$(PY) setup.py build_ext --inplace --build-temp $(BUILD)/temp --build-lib $(BUILD)/lib 2>&1 | tee $(BUILD)/log \
+		| sed -u -nE 's|^(\[[0-9]+/[0-9]+\]).* -c -c ([^ ]*/)?(csrc/[^ ]+) .*|    \1 \3|p; /(warning|error)[ :]/p' \
+		|| { tail -n 40 $(BUILD)/log; exit 1; }
+	@echo '$(CONFIG)' > $(IN_TREE)
+	@touch $@
