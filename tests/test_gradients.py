@@ -189,16 +189,11 @@ def test_gradients_equal_float64(op, dtype, device):
 def test_reductions_accumulate_in_the_wide_dtype(op, dtype, device):
     """Ten thousand equal terms: a sum kept in half precision would stall far below."""
     rows = 10_000
-    input = torch.ones(rows, 2, dtype=dtype, device=device)
-    operands = [
-        torch.ones(2, dtype=dtype, device=device, requires_grad=True) for _ in op.operands
-    ]
-    result = op.function(input, *operands)
-    grads = torch.autograd.grad(result, operands, torch.ones_like(result) / 4)
-    tensors = [input, *operands]
-    expected = reference_grads(
-        op, tensors, torch.ones(rows, 2, device=device) / 4, {}
-    )[1:]
+    grad_output = torch.full((rows, 2), 0.25, dtype=dtype, device=device)
+    tensors = [torch.ones(rows, 2, dtype=dtype, device=device)]
+    tensors += [torch.ones(2, dtype=dtype, device=device, requires_grad=True) for _ in op.operands]
+    expected = reference_grads(op, tensors, grad_output, {})[1:]
+    grads = torch.autograd.grad(op.function(*tensors), tensors[1:], grad_output)
     for a, e in zip(grads, expected):
         torch.testing.assert_close(a.double(), e, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
@@ -285,7 +280,7 @@ def test_forward_mode_with_tangents_on_some(op):
         with fwAD.dual_level():
             def duals():
                 return [
-                    fwAD.make_dual(p.clone(), t) if f else p.clone()
+                    fwAD.make_dual(p.clone(), t.clone()) if f else p.clone()
                     for p, t, f in zip(primals, tangents, flags)
                 ]
 
