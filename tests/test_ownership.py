@@ -1,0 +1,429 @@
+"""Backward takes over memory that nobody else can see, and only such memory."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing._internal.two_tensor import TwoTensor
+
+from .checks import Memory, assert_bit_equal
+from .layouts import random_tensor, short
+from .op_table import OPS
+
+op_ids = {"ids": lambda op: op.name}
+SHAPE = (256, 512)
+FULL = 256 * 512 * 4
+
+
+@pytest.fixture(params=OPS, **op_ids)
+def op(request):
+    return request.param
+
+
+class Source(torch.autograd.Function):
+    """Its backward hands a fresh gradient to the engine and keeps nothing but the address."""
+
+    @staticmethod
+    def forward(ctx, x, grad, log):
+        ctx.grad, ctx.log = grad, log
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, _):
+        grad = ctx.grad.clone()
+        ctx.log["incoming"] = grad.data_ptr()
+        return grad, None, None
+
+
+class Sink(torch.autograd.Function):
+    """Records where the gradient that arrives here lies."""
+
+    @staticmethod
+    def forward(ctx, x, log):
+        ctx.log = log
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.log["outgoing"] = grad.data_ptr()
+        return None, None
+
+
+class Copying(torch.autograd.Function):
+    """An identity that copies both ways, so that no leaf shares the gradient's memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone()
+
+
+def make(op, operand_shape=SHAPE[1:], trainable=True, dtype=torch.float32, device="cpu"):
+    leaf = random_tensor(SHAPE, dtype, device).requires_grad_()
+    operands = [
+        random_tensor(operand_shape, dtype, device).requires_grad_(trainable) for _ in op.operands
+    ]
+    return leaf, operands
+
+
+def gradients(op, leaf, operands, grad):
+    tensors = [t for t in (leaf, *operands) if t.requires_grad]
+    result = op.out_of_place(leaf * 1, *operands)
+    return dict(zip(map(id, tensors), torch.autograd.grad(result, tensors, grad)))
+
+
+def check_grads(op, leaf, operands, grad, names=None):
+    expected = gradients(op, leaf, operands, grad)
+    for tensor in (leaf, *operands):
+        if id(tensor) in expected and tensor.grad is not None:
+            torch.testing.assert_close(tensor.grad, expected[id(tensor)], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("operand_shape", [(512,), (256, 1), (), SHAPE], ids=str)
+def test_the_engines_gradient_becomes_the_inputs_gradient(op, operand_shape, trainable):
+    log = {}
+    leaf, operands = make(op, operand_shape, trainable)
+    input = Sink.apply(leaf, log)
+    op.function(input, *operands)
+    grad = torch.randn(SHAPE)
+    total = Source.apply(input, grad, log)
+    total.backward()
+    if trainable and operand_shape == SHAPE and op.name == "add_":
+        # the same values go to two owners: one of them takes the memory
+        assert log["outgoing"] is not None
+    else:
+        assert log["outgoing"] == log["incoming"]
+    check_grads(op, leaf, operands, grad)
+
+
+def backward_peak(op, operand_shape, trainable, hold):
+    """Extra memory of our node alone, above the gradient that arrives."""
+    log = {}
+    leaf, operands = make(op, operand_shape, trainable)
+    input = Sink.apply(leaf, log)
+    op.function(input, *operands)
+    grad = torch.randn(SHAPE)
+    if hold:
+        with Memory() as memory:
+            input.backward(grad)
+        return memory, 0
+    total = Source.apply(input, grad, log)
+    with Memory() as memory:
+        total.backward()
+    return memory, FULL
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("operand_shape", [(512,), (256, 1), ()], ids=str)
+def test_no_full_size_tensor_for_the_engines_gradient(op, operand_shape, trainable):
+    memory, source = backward_peak(op, operand_shape, trainable, hold=False)
+    assert len(memory.allocations(FULL)) == 1, "more than the source's own gradient"
+    assert memory.peak < source + FULL // 2
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("operand_shape", [(512,), (256, 1), ()], ids=str)
+def test_one_full_size_tensor_for_a_callers_gradient(op, operand_shape, trainable):
+    """`backward(grad)`: the caller may look at `grad` afterwards, so it is not written."""
+    memory, _ = backward_peak(op, operand_shape, trainable, hold=True)
+    passes_on = op.name in ("add_", "addcmul_")
+    assert len(memory.allocations(FULL)) <= (0 if passes_on else 1)
+
+
+@pytest.mark.parametrize("name", ["mul_", "mul_add_", "add_mul_"])
+def test_a_saved_copy_becomes_the_gradient_computed_from_it(name):
+    """Full-size trainable scale: its gradient is written over the saved old input."""
+    op = next(o for o in OPS if o.name == name)
+    leaf = random_tensor(SHAPE, torch.float32).requires_grad_()
+    scale = random_tensor(SHAPE, torch.float32).requires_grad_()
+    fixed = torch.randn(SHAPE[1:])
+    operands = {"mul_": [scale], "mul_add_": [scale, fixed], "add_mul_": [fixed, scale]}[name]
+    log = {}
+    input = Sink.apply(leaf, log)
+    op.function(input, *operands)
+    grad = torch.randn(SHAPE)
+    total = Source.apply(input, grad, log)
+    with Memory() as memory:
+        total.backward()
+    assert len(memory.allocations(FULL)) == 1, "more than the source's own gradient"
+    check_grads(op, leaf, operands, grad)
+
+
+REASONS = [
+    "tensor_hook",
+    "node_prehook",
+    "retain_grad",
+    "callers_gradient",
+    "two_consumers",
+    "gradient_is_a_view",
+    "gradient_has_a_view",
+    "expanded_gradient",
+    "non_contiguous_gradient",
+    "overlapping_storage_in_a_hook",
+    "numpy_alias",
+]
+
+
+class Given(torch.autograd.Function):
+    """Its backward returns whatever the test prepared."""
+
+    @staticmethod
+    def forward(ctx, x, make):
+        ctx.make = make
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.make(), None
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("reason", REASONS)
+def test_memory_that_somebody_else_sees_is_never_written(op, reason, trainable):
+    """The held tensor keeps its values, and the gradients are right all the same."""
+    leaf, operands = make(op, trainable=trainable)
+    input = Copying.apply(leaf)
+    op.function(input, *operands)
+    grad = torch.randn(SHAPE)
+    held = []
+
+    def keep(value):
+        held.append((value, value.detach().clone()))
+        return value
+
+    if reason == "tensor_hook":
+        input.register_hook(lambda g: held.append((g, g.clone())) and None)
+        Given.apply(input, grad.clone).backward()
+    elif reason == "node_prehook":
+        input.grad_fn.register_prehook(lambda gs: held.append((gs[0], gs[0].clone())) and None)
+        Given.apply(input, grad.clone).backward()
+    elif reason == "retain_grad":
+        input.retain_grad()
+        Given.apply(input, grad.clone).backward()
+        held.append((input.grad, grad))
+    elif reason == "callers_gradient":
+        input.backward(keep(grad.clone()))
+    elif reason == "two_consumers":
+        # one function returns the same tensor to two nodes
+        other = torch.zeros(SHAPE, requires_grad=True)
+        (Copying.apply(other) + input).backward(keep(grad.clone()))
+        held.append((other.grad, grad))
+    elif reason == "gradient_is_a_view":
+        base = torch.cat([grad, grad])
+        keep(base)
+        Given.apply(input, lambda: base[: SHAPE[0]]).backward()
+    elif reason == "gradient_has_a_view":
+        def make_viewed():
+            fresh = grad.clone()
+            keep(fresh[1:])
+            return fresh
+
+        Given.apply(input, make_viewed).backward()
+    elif reason == "expanded_gradient":
+        grad = torch.full(SHAPE, 0.5)
+        Given.apply(input, lambda: keep(torch.tensor(0.5)).expand(SHAPE)).backward()
+    elif reason == "non_contiguous_gradient":
+        base = torch.randn(SHAPE[1], SHAPE[0])
+        grad = base.t().clone()
+        keep(base)
+        Given.apply(input, base.t).backward()
+    elif reason == "overlapping_storage_in_a_hook":
+        input.register_hook(lambda g: held.append((g[0], g[0].clone())) and None)
+        Given.apply(input, grad.clone).backward()
+    elif reason == "numpy_alias":
+        array = grad.clone().numpy()
+        Given.apply(input, lambda: torch.from_numpy(array)).backward()
+        keep(torch.from_numpy(array))
+        assert torch.equal(torch.from_numpy(array), grad)
+
+    assert held
+    for value, before in held:
+        assert_bit_equal(value.detach(), before)
+    check_grads(op, leaf, operands, grad)
+
+
+def test_sum_and_mean_losses(op):
+    """`y.sum().backward()`: one element seen at every position."""
+    for reduce in (torch.Tensor.sum, torch.Tensor.mean):
+        leaf, operands = make(op)
+        input = leaf * 1
+        reduce(op.function(input, *operands)).backward()
+        scale = 1.0 if reduce is torch.Tensor.sum else 1.0 / leaf.numel()
+        check_grads(op, leaf, operands, torch.full(SHAPE, scale))
+
+
+def test_two_consumers_of_the_result(op):
+    """The engine sums two gradients; each branch's own gradient stays what it was."""
+    leaf, operands = make(op)
+    input = leaf * 1
+    op.function(input, *operands)
+    seen = []
+    left, right = input.view_as(input), input.view_as(input)
+    for branch in (left, right):
+        branch.register_hook(lambda g: seen.append((g, g.clone())) and None)
+    weights = torch.randn(SHAPE), torch.randn(SHAPE)
+    ((left * weights[0]).sum() + (right * weights[1]).sum()).backward()
+    for value, before in seen:
+        assert_bit_equal(value, before)
+    check_grads(op, leaf, operands, weights[0] + weights[1])
+
+
+def test_residual_shares_the_gradient(op):
+    """y = x + op(f(x)): the same gradient flows into both terms of the sum."""
+    leaf, operands = make(op)
+    branch = leaf.sin()
+    clone = branch.clone()
+    op.function(clone, *operands)
+    grad = torch.randn(SHAPE)
+    (leaf + clone).backward(grad.clone())
+    value = leaf.detach().clone().requires_grad_()
+    expected = value + op.out_of_place(value.sin(), *operands)
+    (reference,) = torch.autograd.grad(expected, value, grad)
+    torch.testing.assert_close(leaf.grad, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operand_shape", [(512,), SHAPE], ids=str)
+def test_kept_graph_reads_its_saved_values_again(op, operand_shape):
+    leaf, operands = make(op, operand_shape)
+    tensors = [leaf, *operands]
+    grad = torch.randn(SHAPE)
+    log = {}
+    input = leaf * 1
+    total = Source.apply(op.function(input, *operands), grad, log)
+    first = torch.autograd.grad(total, tensors, retain_graph=True)
+    before = [g.clone() for g in first]
+    second = torch.autograd.grad(total, tensors, retain_graph=True)
+    third = torch.autograd.grad(total, tensors)
+    for values in zip(before, first, second, third):
+        for value in values[1:]:
+            assert_bit_equal(value, values[0])
+
+
+@pytest.mark.parametrize("operand_shape", [(512,), SHAPE], ids=str)
+def test_recorded_backward_takes_no_memory(op, operand_shape):
+    """create_graph: every value may be read again by the second backward."""
+    leaf, operands = make(op, operand_shape, dtype=torch.float64)
+    tensors = [leaf, *operands]
+    weight = torch.randn(SHAPE, dtype=torch.float64)
+
+    def second(formula):
+        grad = weight.clone().requires_grad_()
+        result = formula(leaf.sin(), *operands)
+        first = torch.autograd.grad(result, tensors, grad.exp(), create_graph=True)
+        before = [g.detach().clone() for g in first]
+        total = sum(g.pow(2).sum() for g in first)
+        grads = torch.autograd.grad(total, [*tensors, grad])
+        for value, kept in zip(first, before):
+            assert_bit_equal(value.detach(), kept)
+        return grads
+
+    for a, e in zip(second(op.function), second(op.out_of_place)):
+        torch.testing.assert_close(a, e)
+
+
+def test_gradients_of_leaves_are_separate_memory(op):
+    """Writing one `.grad` never changes another, nor what the caller passed."""
+    for operand_shape in (SHAPE, (512,)):
+        leaf, operands = make(op, operand_shape)
+        grad = torch.randn(SHAPE)
+        passed = grad.clone()
+        op.function(leaf * 1, *operands).backward(passed)
+        everything = [leaf.grad, *[o.grad for o in operands], passed]
+        for written, other in itertools.permutations(everything, 2):
+            before = other.clone()
+            written.add_(1)
+            assert_bit_equal(other, before)
+            written.sub_(1)
+
+
+def test_accumulation_into_existing_grads(op):
+    leaf, operands = make(op)
+    grad = torch.randn(SHAPE)
+    for _ in range(2):
+        op.function(leaf * 1, *operands).backward(grad)
+    expected = gradients(op, leaf, operands, grad)
+    for tensor in (leaf, *operands):
+        torch.testing.assert_close(
+            tensor.grad, 2 * expected[id(tensor)], rtol=1e-4, atol=1e-3
+        )
+
+
+def test_chain_of_ops_reuses_one_gradient(op):
+    """Ten in-place ops in a row need one gradient between them."""
+    log = {}
+    leaf, operands = make(op, trainable=False)
+    input = Sink.apply(leaf, log)
+    for _ in range(10):
+        op.function(input, *operands)
+    grad = torch.randn(SHAPE)
+    total = Source.apply(input, grad, log)
+    with Memory() as memory:
+        total.backward()
+    assert len(memory.allocations(FULL)) == 1
+    assert log["outgoing"] == log["incoming"]
+
+
+def test_subclass_gradient_is_not_taken(op):
+    leaf, operands = make(op, trainable=False)
+    input = Copying.apply(leaf)
+    op.function(input, *operands)
+    grad = torch.randn(SHAPE)
+    first, second = grad.clone(), grad.clone()
+    try:
+        Given.apply(input, lambda: TwoTensor(first, second)).backward()
+    except RuntimeError as error:
+        pytest.skip(f"torch itself refuses the gradient: {error}")
+    assert_bit_equal(first, grad)
+    assert_bit_equal(second, grad)
+
+
+def test_a_hook_that_kept_an_earlier_gradient_is_not_written_by_a_later_backward(op):
+    leaf, operands = make(op)
+    kept = []
+    input = leaf * 1
+    op.function(input, *operands)
+    input.register_hook(lambda g: kept.append((g, g.clone())) and None)
+    total = input.pow(2).sum()
+    total.backward(retain_graph=True)
+    total.backward()
+    for value, before in kept:
+        assert_bit_equal(value, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=short)
+def test_reuse_in_every_dtype_gives_the_same_bits(op, dtype):
+    """Gradients with reuse and without are the same numbers."""
+
+    def run(hold):
+        input = Copying.apply(leaf)
+        op.function(input, *operands)
+        if hold:
+            held = grad.clone()
+            return torch.autograd.grad(input, [leaf, *operands], held)
+        return torch.autograd.grad(Given.apply(input, grad.clone), [leaf, *operands])
+
+    leaf, operands = make(op, dtype=dtype)
+    grad = random_tensor(SHAPE, dtype)
+    for reused, allocated in zip(run(False), run(True)):
+        assert_bit_equal(reused, allocated)
+
+
+def test_views_under_copy_slices(op):
+    """The gradient of the written part comes out of CopySlices, the rest stays."""
+    leaf, operands = make(op)
+    base = leaf * 1
+    op.function(base[:100], *operands)
+    kept = []
+    base.register_hook(lambda g: kept.append((g, g.clone())) and None)
+    grad = torch.randn(SHAPE)
+    Given.apply(base, grad.clone).backward()
+    for value, before in kept:
+        assert_bit_equal(value, before)
+    value = leaf.detach().clone().requires_grad_()
+    plain = torch.cat([op.out_of_place(value[:100], *operands), value[100:]])
+    (expected,) = torch.autograd.grad(plain, value, grad)
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-4)
