@@ -164,6 +164,8 @@ def extension() -> tuple[Extension, type, dict[str, str | None]]:
         "-g0",
         "-Wall",
         "-Wextra",
+        # The kernels say themselves where a product and a sum may round once (multiply_add in csrc/numeric.h).
+        "-ffp-contract=off",
         "-fvisibility=hidden",
         # Error messages of torch quote __FILE__; the folder of the build says nothing to those who read them.
         f"-fmacro-prefix-map={ROOT}/=",

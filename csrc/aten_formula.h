@@ -1,0 +1,21 @@
+// The ops written in aten's own operations: for every tensor and every transform that the kernels do not know.
+#pragma once
+
+#include <c10/util/SmallVector.h>
+
+#include "operands.h"
+
+namespace safe_inplace {
+
+// Same result, same refusals, version counter up by one.
+void write_by_formula(const Call& call);
+
+struct OperandShape {
+  c10::SmallVector<int64_t, 5> sizes;
+  at::ScalarType dtype = at::kFloat;
+};
+
+// The gradient of one operand, differentiable, in its own shape and dtype.
+at::Tensor gradient_by_formula(const Backward& backward, int position, const OperandShape& shape);
+
+} // namespace safe_inplace

@@ -1,0 +1,409 @@
+#include <torch/csrc/utils/python_stub.h>
+
+#include "autograd.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include "aten_formula.h"
+#include "compat.h"
+#include "ownership.h"
+
+namespace safe_inplace {
+
+namespace {
+
+using torch::autograd::Edge;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+struct InplaceNode : Node {
+  int op = 0;
+  at::Scalar parameter = 1;
+  // What the gradients are multiplied by: the operands, then the kept value.
+  SavedVariable saved[3];
+  at::Scalar numbers[2];
+  // Of input, first and second operand; numbers have none.
+  OperandShape shapes[3];
+
+  explicit InplaceNode(int op_) : op(op_) {}
+
+  const OpInfo& info() const {
+    return infos[op];
+  }
+
+  std::string name() const override {
+    return info().node;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& variable : saved) {
+      variable.reset_data();
+    }
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(op);
+    args.collect(parameter);
+    for (const at::Scalar& number : numbers) {
+      args.collect(number);
+    }
+    for (const SavedVariable& variable : saved) {
+      args.collect(variable, /*is_output=*/false);
+    }
+    for (const OperandShape& shape : shapes) {
+      args.collect(std::vector<int64_t>(shape.sizes.begin(), shape.sizes.end()));
+      args.collect(shape.dtype);
+    }
+  }
+
+  variable_list apply_with_saved(const variable_list& inputs,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (SavedVariable& variable : saved) {
+      swap.before(variable);
+    }
+    variable_list result = apply(variable_list(inputs));
+    for (SavedVariable& variable : saved) {
+      swap.after(variable);
+    }
+    return result;
+  }
+
+  variable_list apply(variable_list&& grads) override;
+
+ private:
+  bool wanted(int position) const {
+    return position < static_cast<int>(num_outputs()) && task_should_compute_output(position);
+  }
+  void unpack(Backward& backward);
+  at::Tensor kept_with_history(const at::Tensor& kept) const;
+  bool run_kernel(Backward& backward, variable_list& results);
+};
+
+template <class Op>
+struct OpNode final : InplaceNode {
+  OpNode() : InplaceNode(op_index<Op>) {}
+};
+
+template <class... Ops>
+NodePtr<InplaceNode> make_op_node(int op, OpList<Ops...>) {
+  NodePtr<InplaceNode> node;
+  ((op_index<Ops> == op ? void(node = make_node<OpNode<Ops>>()) : void()), ...);
+  return node;
+}
+
+OperandShape shape_of(const at::Tensor& tensor) {
+  return {c10::SmallVector<int64_t, 5>(tensor.sizes().begin(), tensor.sizes().end()), tensor.scalar_type()};
+}
+
+// The kept value was written aside by a kernel and has no history. Higher derivatives need one: it is the old input,
+// or the old input plus the first operand.
+at::Tensor InplaceNode::kept_with_history(const at::Tensor& kept) const {
+  at::Tensor value = kept.variable_data();
+  if (info().kept == Kept::Input) {
+    if (next_edge(0).is_valid()) {
+      torch::autograd::impl::set_gradient_edge(value, next_edge(0));
+    }
+    return value;
+  }
+  if (next_edge(0).is_valid() || next_edge(1).is_valid()) {
+    auto sum = make_node<OpNode<Add>>();
+    sum->shapes[0] = shapes[0];
+    sum->shapes[1] = shapes[1];
+    sum->add_next_edge(next_edge(0));
+    sum->add_next_edge(next_edge(1));
+    const auto output = sum->add_input_metadata(value);
+    torch::autograd::impl::set_gradient_edge(value, {std::move(sum), output});
+  }
+  return value;
+}
+
+void InplaceNode::unpack(Backward& backward) {
+  for (int position = 0; position <= info().operands; ++position) {
+    const Factor factor = info().partials[position].factor;
+    if (factor == Factor::One || !wanted(position) || backward.factors[int(factor)].tensor.defined()) {
+      continue;
+    }
+    FactorValue& value = backward.factors[int(factor)];
+    value.tensor = saved[int(factor)].unpack();
+    if (!value.tensor.defined() && factor != Factor::Kept) {
+      value.number = numbers[int(factor)];
+    } else if (factor == Factor::Kept && c10::GradMode::is_enabled()) {
+      value.tensor = kept_with_history(value.tensor);
+    }
+  }
+}
+
+variable_list InplaceNode::apply(variable_list&& grads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  variable_list results(num_outputs());
+  if (!grads[0].defined()) {
+    return results;
+  }
+  Backward backward;
+  backward.op = op;
+  backward.parameter = parameter;
+  // The engine's handle is taken over, so that the count of the others tells whether the memory may be reused.
+  backward.grad = std::move(grads[0]);
+  unpack(backward);
+  if (run_kernel(backward, results)) {
+    return results;
+  }
+  for (int position = 0; position < static_cast<int>(num_outputs()); ++position) {
+    if (wanted(position)) {
+      results[position] = gradient_by_formula(backward, position, shapes[position]);
+    }
+  }
+  return results;
+}
+
+bool InplaceNode::run_kernel(Backward& backward, variable_list& results) {
+  // A tracer, a recorder of higher derivatives or a wrapper must see operations it knows.
+  if (c10::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || !is_plain(backward.grad)) {
+    return false;
+  }
+  for (const FactorValue& factor : backward.factors) {
+    if (factor.tensor.defined() && !is_plain(factor.tensor)) {
+      return false;
+    }
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::ScalarType dtype = backward.grad.scalar_type();
+  const at::ScalarType math = math_type(dtype);
+  at::Tensor& kept = backward.factors[int(Factor::Kept)].tensor;
+  bool kept_is_free = false;
+  if (kept.defined() && graph_is_released()) {
+    // From here on the graph cannot be walked again: it would be released after this call anyway.
+    saved[int(Factor::Kept)].reset_data();
+    kept_is_free = kept.scalar_type() == dtype && may_overwrite_in_backward(kept);
+  }
+
+  const auto full_size = [&](int position) {
+    return at::IntArrayRef(shapes[position].sizes) == backward.grad.sizes();
+  };
+  // A gradient that equals the incoming one is the incoming one, as in torch's own add.
+  const auto is_grad_itself = [&](int position) {
+    const Partial& partial = info().partials[position];
+    return partial.factor == Factor::One && (!partial.times_parameter || parameter.equal(1)) && full_size(position) &&
+        shapes[position].dtype == dtype;
+  };
+  bool grad_is_passed_on = false;
+  for (int position = 0; position < static_cast<int>(results.size()); ++position) {
+    grad_is_passed_on = grad_is_passed_on || (wanted(position) && is_grad_itself(position));
+  }
+  bool grad_is_free = !grad_is_passed_on && may_overwrite_in_backward(backward.grad);
+
+  bool any = false;
+  for (int position = static_cast<int>(results.size()) - 1; position >= 0; --position) {
+    if (!wanted(position) || is_grad_itself(position)) {
+      continue;
+    }
+    if (position > 0 && wanted(0) && info().partials[position] == info().partials[0] && full_size(position) &&
+        shapes[position].dtype == dtype) {
+      continue; // the gradient of the input is this one too
+    }
+    any = true;
+    const OperandShape& shape = shapes[position];
+    at::Tensor& out = backward.grads[position];
+    if (full_size(position) && shape.dtype == dtype) {
+      const bool reads_kept = info().partials[position].factor == Factor::Kept;
+      if (kept_is_free && (reads_kept || position == 0) && kept.sizes() == backward.grad.sizes() &&
+          (reads_kept || !grad_is_free)) {
+        out = kept;
+        kept_is_free = false;
+      } else if (grad_is_free) {
+        out = backward.grad;
+        grad_is_free = false;
+      } else {
+        out = at::empty_like(backward.grad);
+      }
+    } else {
+      const at::ScalarType out_dtype = shape.dtype == dtype ? dtype : math;
+      out = at::empty(at::IntArrayRef(shape.sizes), backward.grad.options().dtype(out_dtype));
+    }
+  }
+  if (any) {
+    BackwardPlan plan;
+    if (!plan_backward(backward, plan)) {
+      return false;
+    }
+    if (backward.grad.numel() == 0) {
+      for (at::Tensor& out : backward.grads) {
+        if (out.defined()) {
+          out.zero_();
+        }
+      }
+    } else {
+      run_backward(plan, backward.grad);
+    }
+  }
+  for (int position = 0; position < static_cast<int>(results.size()); ++position) {
+    if (!wanted(position)) {
+      continue;
+    }
+    if (is_grad_itself(position)) {
+      results[position] = backward.grad;
+    } else if (!backward.grads[position].defined()) {
+      results[position] = backward.grads[0];
+    } else if (backward.grads[position].scalar_type() != shapes[position].dtype) {
+      results[position] = backward.grads[position].to(shapes[position].dtype);
+    } else {
+      results[position] = std::move(backward.grads[position]);
+    }
+  }
+  return true;
+}
+
+// A Python mode below autograd wants to see the op by its name.
+bool has_listener() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+bool has_forward_gradient(const Call& call) {
+  if (call.input->_fw_grad(0).defined()) {
+    return true;
+  }
+  for (const Operand& operand : call.operands) {
+    if (operand.tensor != nullptr && operand.tensor->_fw_grad(0).defined()) {
+      return true;
+    }
+  }
+  return false;
+}
+
+bool requires_grad(const Operand& operand) {
+  return operand.tensor != nullptr && operand.tensor->requires_grad();
+}
+
+NodePtr<InplaceNode> record(const Call& call) {
+  const OpInfo& info = call.info();
+  NodePtr<InplaceNode> node = make_op_node(call.op, AllOps{});
+  node->parameter = call.parameter;
+  node->add_next_edge(torch::autograd::impl::gradient_edge(*call.input));
+  node->shapes[0] = shape_of(*call.input);
+  for (int i = 0; i < info.operands; ++i) {
+    const Operand& operand = call.operands[i];
+    if (operand.tensor == nullptr) {
+      node->numbers[i] = operand.number;
+      node->add_next_edge(Edge());
+      continue;
+    }
+    node->add_next_edge(requires_grad(operand) ? torch::autograd::impl::gradient_edge(*operand.tensor) : Edge());
+    node->shapes[i + 1] = shape_of(*operand.tensor);
+  }
+  for (int position = 0; position <= info.operands; ++position) {
+    const Factor factor = info.partials[position].factor;
+    if (factor != Factor::First && factor != Factor::Second) {
+      continue;
+    }
+    const at::Tensor* tensor = call.operands[int(factor)].tensor;
+    if (tensor == nullptr || !node->should_compute_output(position)) {
+      continue;
+    }
+    // What shares memory or a version counter with the input is overwritten, or looks so: save its value instead.
+    const bool aliased = share_storage(*tensor, *call.input);
+    node->saved[int(factor)] = SavedVariable(aliased ? tensor->clone() : *tensor, /*is_output=*/false);
+  }
+  return node;
+}
+
+bool keeps_value(const InplaceNode& node) {
+  for (int position = 0; position <= node.info().operands; ++position) {
+    if (node.info().partials[position].factor == Factor::Kept && node.should_compute_output(position)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+void write_kept(const Call& call, const at::Tensor& kept) {
+  if (call.info().kept == Kept::Input) {
+    kept.copy_(*call.input);
+  } else if (call.operands[0].tensor != nullptr) {
+    at::add_out(const_cast<at::Tensor&>(kept), *call.input, *call.operands[0].tensor);
+  } else {
+    kept.copy_(*call.input).add_(call.operands[0].number);
+  }
+}
+
+} // namespace
+
+void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below) {
+  if (!is_plain(call) || has_forward_gradient(call)) {
+    return write_by_formula(call);
+  }
+  bool any_requires_grad = false;
+  if (c10::GradMode::is_enabled()) {
+    any_requires_grad = call.input->requires_grad();
+    for (const Operand& operand : call.operands) {
+      any_requires_grad = any_requires_grad || requires_grad(operand);
+    }
+  }
+  torch::autograd::check_inplace(*call.input, any_requires_grad);
+  Forward forward;
+  if (!plan_forward(call, forward)) {
+    return write_by_formula(call);
+  }
+
+  NodePtr<InplaceNode> node;
+  at::Tensor kept;
+  if (any_requires_grad) {
+    node = record(call);
+    if (keeps_value(*node)) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      kept = at::empty_like(*call.input);
+    }
+  }
+  if (has_listener()) {
+    const at::AutoDispatchBelowAutograd guard;
+    if (kept.defined()) {
+      const at::AutoDispatchBelowADInplaceOrView below_views;
+      write_kept(call, kept);
+    }
+    below(keys & c10::after_autograd_keyset, call);
+  } else {
+    if (kept.defined()) {
+      set_kept(forward, call, kept);
+    }
+    run_forward(forward, call);
+    torch::autograd::increment_version(*call.input);
+  }
+  if (node) {
+    if (kept.defined()) {
+      node->saved[int(Factor::Kept)] = SavedVariable(kept, /*is_output=*/false);
+    }
+    torch::autograd::rebase_history(*call.input, std::move(node));
+  }
+}
+
+namespace {
+
+template <class Op>
+void register_node_type() {
+  static PyTypeObject type;
+  static PyMethodDef methods[] = {{nullptr, nullptr, 0, nullptr}};
+  torch::autograd::_initFunctionPyTypeObject(type, Op::node, nullptr, methods);
+  torch::autograd::registerCppFunction(typeid(OpNode<Op>), &type);
+}
+
+template <class... Ops>
+void register_all(OpList<Ops...>) {
+  (register_node_type<Ops>(), ...);
+}
+
+} // namespace
+
+void register_node_types() {
+  register_all(AllOps{});
+}
+
+} // namespace safe_inplace

@@ -1,0 +1,647 @@
+// Walks a plan on the CPU: cuts it into rows for the loops of rows.h, copies what is not contiguous through a small
+// buffer, splits the work between threads, and lays out the sums of broadcast gradients.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <memory>
+
+#include "../device.h"
+#include "rows.h"
+
+namespace safe_inplace {
+namespace {
+
+const RowTable& row_table() {
+  static const RowTable& table = []() -> const RowTable& {
+#if defined(__x86_64__)
+    // ATen's own choice, so that both round alike and ATEN_CPU_CAPABILITY holds for both.
+    const auto capability = at::get_cpu_capability();
+    if (capability == "AVX512") {
+      return rows_avx512;
+    }
+    if (capability == "AVX2") {
+      return rows_avx2;
+    }
+#endif
+    return rows_default;
+  }();
+  return table;
+}
+
+// Elements that pass through a buffer at a time: three of them in complex128 still fit a 32 KiB first-level cache.
+constexpr int64_t kBlock = 512;
+// A row shorter than this is not worth a call of its own.
+constexpr int64_t kShortRow = 48;
+constexpr int64_t kGrain = 32768;
+
+DType math_dtype(DType dtype) {
+  return dtype == DType::Half || dtype == DType::BFloat16 ? DType::Float : dtype;
+}
+
+void store_number(DType math, const double* number, void* out) {
+  switch (math) {
+    case DType::Float:
+      *static_cast<float*>(out) = Number<float>::from(number);
+      break;
+    case DType::Double:
+      *static_cast<double*>(out) = Number<double>::from(number);
+      break;
+    case DType::ComplexFloat:
+      *static_cast<Complex<float>*>(out) = Number<Complex<float>>::from(number);
+      break;
+    default:
+      *static_cast<Complex<double>*>(out) = Number<Complex<double>>::from(number);
+  }
+}
+
+// One element, in its arithmetic dtype.
+void load_math(DType dtype, const char* data, void* out) {
+  switch (dtype) {
+    case DType::Half:
+      *static_cast<float*>(out) = widen(*reinterpret_cast<const Half*>(data));
+      break;
+    case DType::BFloat16:
+      *static_cast<float*>(out) = widen(*reinterpret_cast<const BFloat16*>(data));
+      break;
+    default:
+      std::memcpy(out, data, dtype_size[int(dtype)]);
+  }
+}
+
+template <class Word>
+void copy_strided(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n) {
+  auto* out = reinterpret_cast<Word*>(to);
+  const auto* in = reinterpret_cast<const Word*>(from);
+  for (int64_t i = 0; i < n; ++i) {
+    out[i * to_stride] = in[i * from_stride];
+  }
+}
+
+void copy_strided(DType dtype, char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n) {
+  switch (dtype_size[int(dtype)]) {
+    case 2:
+      return copy_strided<uint16_t>(to, to_stride, from, from_stride, n);
+    case 4:
+      return copy_strided<uint32_t>(to, to_stride, from, from_stride, n);
+    case 8:
+      return copy_strided<uint64_t>(to, to_stride, from, from_stride, n);
+    default:
+      return copy_strided<std::array<uint64_t, 2>>(to, to_stride, from, from_stride, n);
+  }
+}
+
+using Index = std::array<int64_t, kMaxDims>;
+
+Index index_of(const Shape& shape, int64_t linear) {
+  Index index = {};
+  for (int dim = 0; dim < shape.ndim; ++dim) {
+    index[dim] = linear % shape.sizes[dim];
+    linear /= shape.sizes[dim];
+  }
+  return index;
+}
+
+// Moves to the next row: everything but dimension 0.
+void next_row(const Shape& shape, Index& index) {
+  index[0] = 0;
+  for (int dim = 1; dim < shape.ndim; ++dim) {
+    if (++index[dim] < shape.sizes[dim]) {
+      return;
+    }
+    index[dim] = 0;
+  }
+}
+
+int64_t offset_of(const Shape& shape, const Arg& arg, const Index& index) {
+  int64_t offset = 0;
+  for (int dim = 0; dim < shape.ndim; ++dim) {
+    offset += index[dim] * arg.strides[dim];
+  }
+  return offset;
+}
+
+char* address(const Arg& arg, int64_t offset) {
+  return static_cast<char*>(arg.data) + offset * dtype_size[int(arg.dtype)];
+}
+
+// Copies n elements, starting at index and running over row ends, between memory laid out as arg says and a
+// contiguous buffer.
+template <bool to_buffer>
+void copy_elements(const Shape& shape, const Arg& arg, Index index, char* buffer, int64_t n) {
+  const int64_t size = dtype_size[int(arg.dtype)];
+  while (n > 0) {
+    const int64_t run = std::min(n, shape.sizes[0] - index[0]);
+    char* const data = address(arg, offset_of(shape, arg, index));
+    if constexpr (to_buffer) {
+      copy_strided(arg.dtype, buffer, 1, data, arg.strides[0], run);
+    } else {
+      copy_strided(arg.dtype, data, arg.strides[0], buffer, 1, run);
+    }
+    buffer += run * size;
+    n -= run;
+    next_row(shape, index);
+  }
+}
+
+bool is_linear(const Shape& shape, const Arg& arg) {
+  int64_t expected = 1;
+  for (int dim = 0; dim < shape.ndim; ++dim) {
+    if (arg.strides[dim] != expected) {
+      return false;
+    }
+    expected *= shape.sizes[dim];
+  }
+  return true;
+}
+
+bool varies_only_along_rows(const Shape& shape, const Arg& arg) {
+  return std::all_of(arg.strides + 1, arg.strides + shape.ndim, [](int64_t stride) { return stride == 0; });
+}
+
+bool is_constant(const Shape& shape, const Arg& arg) {
+  return arg.strides[0] == 0 && varies_only_along_rows(shape, arg);
+}
+
+// An operand of the forward loops for one thread: what the loop will be handed, and the buffer behind it.
+struct ForwardOperand {
+  const Arg* arg;
+  RowOperand kind = kOne;
+  bool copied = false; // passes through the buffer
+  bool periodic = false; // the buffer, once filled from the start of a row, stays valid
+  alignas(64) char buffer[kBlock * 16];
+
+  void prepare(const ForwardPlan& plan, const Arg& operand, bool short_rows) {
+    arg = &operand;
+    const DType math = math_dtype(plan.dtype);
+    if (operand.data == nullptr) {
+      store_number(math, operand.number, buffer);
+      copied = false;
+      kind = kOne;
+      return;
+    }
+    if (is_constant(plan.shape, operand)) {
+      load_math(operand.dtype, static_cast<const char*>(operand.data), buffer);
+      kind = kOne;
+      return;
+    }
+    const bool one_per_row = operand.strides[0] == 0 && !short_rows;
+    kind = one_per_row ? kOne : operand.dtype == plan.dtype ? kOwn : kMath;
+    copied = !one_per_row && (short_rows ? !is_linear(plan.shape, operand) : operand.strides[0] != 1);
+    periodic = copied && short_rows && varies_only_along_rows(plan.shape, operand);
+  }
+
+  const void* at(const Shape& shape, const Index& index, int64_t n) {
+    if (arg->data == nullptr || is_constant(shape, *arg)) {
+      return buffer;
+    }
+    char* const data = address(*arg, offset_of(shape, *arg, index));
+    if (kind == kOne) {
+      load_math(arg->dtype, data, buffer);
+      return buffer;
+    }
+    if (!copied) {
+      return data;
+    }
+    copy_elements<true>(shape, *arg, index, buffer, n);
+    return buffer;
+  }
+};
+
+// Forward over the elements [begin, end) in the plan's order.
+void forward_range(const ForwardPlan& plan, int64_t begin, int64_t end) {
+  const Shape& shape = plan.shape;
+  const int64_t inner = shape.sizes[0];
+  // Many short rows are taken as one long row, if the input allows it.
+  const bool short_rows = shape.ndim > 1 && inner < kShortRow;
+  const bool copy_input = short_rows ? !is_linear(shape, plan.input) : plan.input.strides[0] != 1;
+  const bool copy_kept = plan.kept.data != nullptr &&
+      (short_rows ? !is_linear(shape, plan.kept) : plan.kept.strides[0] != 1);
+
+  ForwardOperand operands[2];
+  bool copies = copy_input || copy_kept;
+  for (int i = 0; i < 2; ++i) {
+    operands[i].prepare(plan, plan.operands[i], short_rows);
+    copies = copies || operands[i].copied;
+  }
+  alignas(16) char parameter[16];
+  store_number(math_dtype(plan.dtype), plan.parameter, parameter);
+  const ForwardRow row = row_table().forward[plan.op][int(plan.dtype)][operands[0].kind][operands[1].kind];
+  TORCH_INTERNAL_ASSERT_DEBUG_ONLY(row != nullptr);
+
+  alignas(64) char input_buffer[kBlock * 16];
+  alignas(64) char kept_buffer[kBlock * 16];
+  // Whole rows, so that a periodic buffer always starts at the same phase.
+  const int64_t block = short_rows ? kBlock / inner * inner : copies ? kBlock : end - begin;
+  const void* periodic_data[2] = {nullptr, nullptr};
+
+  for (int64_t at = begin; at < end;) {
+    const Index index = index_of(shape, at);
+    const int64_t to_row_end = inner - index[0];
+    int64_t n = std::min(end - at, short_rows ? (index[0] == 0 ? block : to_row_end) : std::min(block, to_row_end));
+    const void* data[2];
+    for (int i = 0; i < 2; ++i) {
+      if (operands[i].periodic && index[0] == 0) {
+        if (periodic_data[i] == nullptr) {
+          periodic_data[i] = operands[i].at(shape, index, std::min(block, shape.numel - at));
+        }
+        data[i] = periodic_data[i];
+      } else {
+        data[i] = operands[i].at(shape, index, n);
+      }
+    }
+    char* input = address(plan.input, offset_of(shape, plan.input, index));
+    if (copy_input) {
+      copy_elements<true>(shape, plan.input, index, input_buffer, n);
+      input = input_buffer;
+    }
+    char* kept = plan.kept.data == nullptr ? nullptr
+        : copy_kept                        ? kept_buffer
+                                           : address(plan.kept, offset_of(shape, plan.kept, index));
+    row(input, data[0], data[1], kept, parameter, n);
+    if (copy_input) {
+      copy_elements<false>(shape, plan.input, index, input_buffer, n);
+    }
+    if (copy_kept) {
+      copy_elements<false>(shape, plan.kept, index, kept_buffer, n);
+    }
+    at += n;
+  }
+}
+
+void forward(const ForwardPlan& plan) {
+  at::parallel_for(0, plan.shape.numel, kGrain,
+                   [&](int64_t begin, int64_t end) { forward_range(plan, begin, end); });
+}
+
+// The iteration space of one chunk of the backward pass.
+struct Box {
+  Index low = {};
+  Index high = {};
+};
+
+// How the backward pass is cut into chunks. It depends on the plan alone, never on the number of threads, so that a
+// sum is the same bits whoever computes it.
+struct Split {
+  int dim = 0;
+  int64_t chunks = 1;
+  int64_t step = 1; // indices of `dim` in a chunk
+};
+
+int64_t partial_elements(const BackwardPlan& plan, const Split& split) {
+  int64_t elements = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (plan.wanted[i] && plan.reduced[i] && plan.grads[i].strides[split.dim] == 0 && split.chunks > 1) {
+      elements += split.chunks * plan.numel[i];
+    }
+  }
+  return elements;
+}
+
+Split split_by(const BackwardPlan& plan, int dim, int64_t wanted) {
+  const int64_t size = plan.shape.sizes[dim];
+  // A chunk of the innermost dimension keeps whole cache lines.
+  const int64_t unit = dim == 0 ? 64 : 1;
+  const int64_t units = (size + unit - 1) / unit;
+  const int64_t step = (units + std::min(units, wanted) - 1) / std::min(units, wanted) * unit;
+  return {dim, (size + step - 1) / step, step};
+}
+
+Split choose_split(const BackwardPlan& plan) {
+  constexpr int64_t kMaxChunks = 64;
+  const int64_t wanted = std::clamp<int64_t>(plan.shape.numel / kGrain, 1, kMaxChunks);
+  const int64_t enough = std::min<int64_t>(wanted, 8);
+  Split best = split_by(plan, plan.shape.ndim - 1, wanted);
+  const auto poor = [&](const Split& split) {
+    return split.chunks < enough || partial_elements(plan, split) > plan.shape.numel / 16;
+  };
+  for (int dim = plan.shape.ndim - 2; dim >= 0 && poor(best); --dim) {
+    const Split other = split_by(plan, dim, wanted);
+    const bool smaller = partial_elements(plan, other) < partial_elements(plan, best);
+    if (!poor(other) || (other.chunks >= enough && (smaller || best.chunks < enough))) {
+      best = other;
+    }
+  }
+  // Few, large outer dimensions over a long row: one chunk rather than partial sums as large as the input.
+  if (partial_elements(plan, best) > plan.shape.numel / 2) {
+    return {0, 1, plan.shape.sizes[0]};
+  }
+  return best;
+}
+
+// One gradient of the backward pass.
+struct Gradient {
+  int position = 0; // of the operand: input, first, second
+  const Arg* out = nullptr;
+  const Arg* factor = nullptr; // null: nothing to multiply by but the number
+  RowFactor factor_kind = kNoFactor;
+  bool reduced = false;
+  int turn = 0; // what is written over the kept value follows its readers, what is written over the gradient is last
+  bool copied = false; // stored through a buffer
+  RowTarget target = kStoreOwn;
+  char* sums = nullptr; // partial sums of all chunks, in the arithmetic dtype
+  int64_t sums_per_chunk = 0; // 0: the chunks own disjoint parts
+  alignas(16) char multiplier[16];
+};
+
+double conjugate_sign(DType dtype) {
+  return dtype == DType::ComplexFloat || dtype == DType::ComplexDouble ? -1.0 : 1.0;
+}
+
+// Where the `rows` rows of n elements at index stand, contiguous along the row (through the buffer if they are not),
+// and the stride from row to row.
+const char* read_block(const Shape& shape, const Arg& arg, const Index& index, int64_t rows, int64_t n, char* buffer,
+                       int64_t& stride) {
+  const char* const data = address(arg, offset_of(shape, arg, index));
+  const int64_t row_stride = shape.ndim > 1 ? arg.strides[1] : 0;
+  if (arg.strides[0] == 1 || n == 1) {
+    stride = row_stride;
+    return data;
+  }
+  const int64_t size = dtype_size[int(arg.dtype)];
+  for (int64_t row = 0; row < rows; ++row) {
+    copy_strided(arg.dtype, buffer + row * n * size, 1, data + row * row_stride * size, arg.strides[0], n);
+  }
+  stride = n;
+  return buffer;
+}
+
+// Rows and columns that a block of the backward pass covers at most.
+constexpr int64_t kBlockColumns = 2048;
+constexpr int64_t kBlockElements = 4096;
+
+struct Backward {
+  const BackwardPlan& plan;
+  const DType math = math_dtype(plan.dtype);
+  const int64_t math_size = dtype_size[int(math)];
+  Split split = choose_split(plan);
+  Gradient gradients[3];
+  int count = 0;
+  std::unique_ptr<char[]> sums;
+
+  explicit Backward(const BackwardPlan& backward_plan) : plan(backward_plan) {
+    for (int i = 0; i < 3; ++i) {
+      if (plan.wanted[i]) {
+        add_gradient(i);
+      }
+    }
+    std::stable_sort(gradients, gradients + count,
+                     [](const Gradient& a, const Gradient& b) { return a.turn < b.turn; });
+    allocate_sums();
+  }
+
+  void add_gradient(int position) {
+    const Partial& partial = infos[plan.op].partials[position];
+    Gradient& gradient = gradients[count++];
+    gradient.position = position;
+    gradient.out = &plan.grads[position];
+    gradient.reduced = plan.reduced[position];
+    gradient.turn = gradient.out->data == plan.grad.data               ? 2
+        : gradient.out->data == plan.factors[int(Factor::Kept)].data ? 1
+                                                                     : 0;
+    double number[2] = {1, 0};
+    if (partial.times_parameter) {
+      number[0] = plan.parameter[0];
+      number[1] = conjugate_sign(plan.dtype) * plan.parameter[1];
+    }
+    if (partial.factor != Factor::One) {
+      gradient.factor = &plan.factors[int(partial.factor)];
+      gradient.factor_kind = gradient.factor->data == nullptr ? kFactorOne
+          : gradient.factor->dtype == plan.dtype             ? kFactorOwn
+                                                             : kFactorMath;
+    }
+    store_number(math, number, gradient.multiplier);
+    if (!gradient.reduced) {
+      gradient.target = gradient.out->dtype == plan.dtype ? kStoreOwn : kStoreMath;
+      gradient.copied = gradient.out->strides[0] != 1;
+    }
+  }
+
+  void allocate_sums() {
+    int64_t elements = 0;
+    for (int i = 0; i < count; ++i) {
+      Gradient& gradient = gradients[i];
+      if (gradient.reduced) {
+        const int64_t numel = plan.numel[gradient.position];
+        const bool shared = gradient.out->strides[split.dim] == 0 && split.chunks > 1;
+        gradient.sums_per_chunk = shared ? numel : 0;
+        elements += shared ? numel * split.chunks : numel;
+      }
+    }
+    if (elements == 0) {
+      return;
+    }
+    sums.reset(new char[elements * math_size]());
+    char* next = sums.get();
+    for (int i = 0; i < count; ++i) {
+      Gradient& gradient = gradients[i];
+      if (gradient.reduced) {
+        gradient.sums = next;
+        const int64_t numel = plan.numel[gradient.position];
+        next += (gradient.sums_per_chunk != 0 ? numel * split.chunks : numel) * math_size;
+      }
+    }
+  }
+
+  void run() {
+    at::parallel_for(0, split.chunks, plan.shape.numel < 2 * kGrain ? split.chunks : 1,
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t chunk = begin; chunk < end; ++chunk) {
+                         run_chunk(chunk);
+                       }
+                     });
+    for (int i = 0; i < count; ++i) {
+      if (gradients[i].reduced) {
+        finish(gradients[i]);
+      }
+    }
+  }
+
+  void run_chunk(int64_t chunk) const {
+    const Shape& shape = plan.shape;
+    Box box;
+    for (int dim = 0; dim < shape.ndim; ++dim) {
+      box.high[dim] = shape.sizes[dim];
+    }
+    box.low[split.dim] = chunk * split.step;
+    box.high[split.dim] = std::min(shape.sizes[split.dim], box.low[split.dim] + split.step);
+    const int64_t height = shape.ndim > 1 ? box.high[1] - box.low[1] : 1;
+
+    alignas(64) char grad_buffer[kBlockElements * 16];
+    alignas(64) char factor_buffer[kBlockElements * 16];
+    alignas(64) char out_buffer[kBlockElements * 16];
+    Index index = box.low;
+    while (true) {
+      for (int64_t column = box.low[0]; column < box.high[0];) {
+        const int64_t n = std::min(kBlockColumns, box.high[0] - column);
+        const int64_t most_rows = std::max<int64_t>(1, kBlockElements / n);
+        for (int64_t row = 0; row < height;) {
+          const int64_t rows = std::min(most_rows, height - row);
+          index[0] = column;
+          if (shape.ndim > 1) {
+            index[1] = box.low[1] + row;
+          }
+          run_block(chunk, index, rows, n, grad_buffer, factor_buffer, out_buffer);
+          row += rows;
+        }
+        column += n;
+      }
+      int dim = 2;
+      for (; dim < shape.ndim; ++dim) {
+        if (++index[dim] < box.high[dim]) {
+          break;
+        }
+        index[dim] = box.low[dim];
+      }
+      if (dim >= shape.ndim) {
+        return;
+      }
+    }
+  }
+
+  void run_block(int64_t chunk, const Index& index, int64_t rows, int64_t n, char* grad_buffer, char* factor_buffer,
+                 char* out_buffer) const {
+    const Shape& shape = plan.shape;
+    BackwardBlock block;
+    block.rows = rows;
+    block.n = n;
+    block.grad = read_block(shape, plan.grad, index, rows, n, grad_buffer, block.grad_stride);
+    for (int i = 0; i < count; ++i) {
+      const Gradient& gradient = gradients[i];
+      block.multiplier = gradient.multiplier;
+      block.factor = nullptr;
+      block.factor_stride = 0;
+      RowFactor kind = gradient.factor_kind;
+      if (kind == kFactorOne) {
+        store_number(math, gradient.factor->number, factor_buffer);
+        block.factor = factor_buffer;
+      } else if (kind != kNoFactor && gradient.factor->strides[0] == 0) {
+        block.factor = one_per_row(*gradient.factor, index, rows, factor_buffer, block.factor_stride);
+        kind = kFactorOne;
+      } else if (kind != kNoFactor) {
+        block.factor = read_block(shape, *gradient.factor, index, rows, n, factor_buffer, block.factor_stride);
+      }
+      if (gradient.reduced) {
+        add_block(chunk, gradient, kind, index, block);
+      } else {
+        store_block(gradient, kind, index, block, out_buffer);
+      }
+    }
+  }
+
+  // A factor that does not vary along the row: its values for the rows of this block, in the arithmetic dtype.
+  const void* one_per_row(const Arg& factor, const Index& index, int64_t rows, char* buffer, int64_t& stride) const {
+    const char* const from = address(factor, offset_of(plan.shape, factor, index));
+    const int64_t row_stride = plan.shape.ndim > 1 ? factor.strides[1] : 0;
+    const int64_t size = dtype_size[int(factor.dtype)];
+    stride = row_stride == 0 ? 0 : 1;
+    const int64_t values = row_stride == 0 ? 1 : rows;
+    for (int64_t row = 0; row < values; ++row) {
+      load_math(factor.dtype, from + row * row_stride * size, buffer + row * math_size);
+    }
+    return buffer;
+  }
+
+  void add_block(int64_t chunk, const Gradient& gradient, RowFactor kind, const Index& index,
+                 BackwardBlock& block) const {
+    const int64_t stride = gradient.out->strides[0];
+    const int64_t offset = chunk * gradient.sums_per_chunk + offset_of(plan.shape, *gradient.out, index);
+    block.target = gradient.sums + offset * math_size;
+    block.target_stride = plan.shape.ndim > 1 ? gradient.out->strides[1] : 0;
+    const auto& rows = row_table().backward[int(plan.dtype)][kind];
+    if (stride == 0 || block.n == 1) {
+      rows[kAddSum](block);
+    } else if (stride == 1) {
+      rows[kAddColumns](block);
+    } else {
+      add_strided_columns(rows[kAddSum], gradient, kind, stride, block);
+    }
+  }
+
+  // The sum's elements are not adjacent along the row: one element at a time.
+  void add_strided_columns(BackwardRows add_sum, const Gradient& gradient, RowFactor kind, int64_t stride,
+                           BackwardBlock block) const {
+    const int64_t n = block.n;
+    const bool moves = kind == kFactorOwn || kind == kFactorMath;
+    const int64_t factor_size = moves ? dtype_size[int(gradient.factor->dtype)] : 0;
+    block.n = 1;
+    for (int64_t column = 0; column < n; ++column) {
+      add_sum(block);
+      block.grad = static_cast<const char*>(block.grad) + dtype_size[int(plan.dtype)];
+      block.factor = static_cast<const char*>(block.factor) + factor_size;
+      block.target = static_cast<char*>(block.target) + stride * math_size;
+    }
+  }
+
+  void store_block(const Gradient& gradient, RowFactor kind, const Index& index, BackwardBlock& block,
+                   char* buffer) const {
+    const Arg& out = *gradient.out;
+    const int64_t row_stride = plan.shape.ndim > 1 ? out.strides[1] : 0;
+    char* const data = address(out, offset_of(plan.shape, out, index));
+    block.target = gradient.copied ? buffer : data;
+    block.target_stride = gradient.copied ? block.n : row_stride;
+    row_table().backward[int(plan.dtype)][kind][gradient.target](block);
+    if (gradient.copied) {
+      const int64_t size = dtype_size[int(out.dtype)];
+      for (int64_t row = 0; row < block.rows; ++row) {
+        copy_strided(out.dtype, data + row * row_stride * size, out.strides[0], buffer + row * block.n * size, 1,
+                     block.n);
+      }
+    }
+  }
+
+  template <class M>
+  void finish_in(const Gradient& gradient) const {
+    const int64_t numel = plan.numel[gradient.position];
+    const int64_t partials = gradient.sums_per_chunk == 0 ? 1 : split.chunks;
+    const M* const from = reinterpret_cast<const M*>(gradient.sums);
+    at::parallel_for(0, numel, kGrain / partials + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        M sum = from[i];
+        for (int64_t chunk = 1; chunk < partials; ++chunk) {
+          sum = sum + from[chunk * numel + i];
+        }
+        store(gradient.out->dtype, gradient.out->data, i, sum);
+      }
+    });
+  }
+
+  template <class M>
+  static void store(DType, void* out, int64_t i, M value) {
+    static_cast<M*>(out)[i] = value;
+  }
+  static void store(DType dtype, void* out, int64_t i, float value) {
+    if (dtype == DType::Half) {
+      static_cast<Half*>(out)[i] = narrow<Half>(value);
+    } else if (dtype == DType::BFloat16) {
+      static_cast<BFloat16*>(out)[i] = narrow<BFloat16>(value);
+    } else {
+      static_cast<float*>(out)[i] = value;
+    }
+  }
+
+  void finish(const Gradient& gradient) const {
+    switch (math) {
+      case DType::Float:
+        return finish_in<float>(gradient);
+      case DType::Double:
+        return finish_in<double>(gradient);
+      case DType::ComplexFloat:
+        return finish_in<Complex<float>>(gradient);
+      default:
+        return finish_in<Complex<double>>(gradient);
+    }
+  }
+};
+
+void backward(const BackwardPlan& plan) {
+  Backward(plan).run();
+}
+
+const RegisterDevice register_cpu(c10::DeviceType::CPU, {forward, backward});
+
+} // namespace
+} // namespace safe_inplace

@@ -1,0 +1,14 @@
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#include "rows.h"
+
+namespace safe_inplace {
+namespace rows_for_avx2 {
+#include "rows_impl.h"
+} // namespace rows_for_avx2
+
+constexpr RowTable table_avx2 = rows_for_avx2::make_table();
+extern const RowTable rows_avx2;
+const RowTable rows_avx2 = table_avx2;
+} // namespace safe_inplace
+#endif

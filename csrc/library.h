@@ -1,0 +1,11 @@
+// The ops as the dispatcher knows them.
+#pragma once
+
+#include "operands.h"
+
+namespace safe_inplace {
+
+// Sends a call through the dispatcher, to the overload that fits its operands.
+void dispatch(const Call& call);
+
+} // namespace safe_inplace

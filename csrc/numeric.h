@@ -1,0 +1,228 @@
+// Element types and their arithmetic, the same for host and device. Every function is forced inline: the files of
+// csrc/cpu are compiled once per instruction set, and an out-of-line copy made for AVX-512 must never be the one that
+// the linker keeps for an older processor.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define SI_INLINE __host__ __device__ __forceinline__
+#else
+#define SI_INLINE inline __attribute__((always_inline))
+#endif
+#if !defined(__CUDA_ARCH__) && defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace safe_inplace {
+
+template <class A, class B>
+inline constexpr bool std_is_same = false;
+template <class A>
+inline constexpr bool std_is_same<A, A> = true;
+
+template <bool condition, class A, class B>
+struct Conditional {
+  using type = A;
+};
+template <class A, class B>
+struct Conditional<false, A, B> {
+  using type = B;
+};
+template <bool condition, class A, class B>
+using std_conditional = typename Conditional<condition, A, B>::type;
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+template <class T>
+struct alignas(2 * sizeof(T)) Complex {
+  T real, imag;
+};
+
+// The dtypes that have kernels, in the order that the dispatch tables use.
+enum class DType : signed char { Half, BFloat16, Float, Double, ComplexFloat, ComplexDouble };
+inline constexpr int64_t dtype_size[] = {2, 2, 4, 8, 8, 16};
+
+template <class T>
+struct Type;
+template <>
+struct Type<Half> {
+  static constexpr DType dtype = DType::Half;
+  using Math = float;
+};
+template <>
+struct Type<BFloat16> {
+  static constexpr DType dtype = DType::BFloat16;
+  using Math = float;
+};
+template <>
+struct Type<float> {
+  static constexpr DType dtype = DType::Float;
+  using Math = float;
+};
+template <>
+struct Type<double> {
+  static constexpr DType dtype = DType::Double;
+  using Math = double;
+};
+template <>
+struct Type<Complex<float>> {
+  static constexpr DType dtype = DType::ComplexFloat;
+  using Math = Complex<float>;
+};
+template <>
+struct Type<Complex<double>> {
+  static constexpr DType dtype = DType::ComplexDouble;
+  using Math = Complex<double>;
+};
+
+// Arithmetic and accumulation are done in this type.
+template <class T>
+using Math = typename Type<T>::Math;
+
+template <class T>
+SI_INLINE T bit_cast_to(uint32_t bits) {
+  T value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+SI_INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+SI_INLINE float widen(float x) { return x; }
+SI_INLINE double widen(double x) { return x; }
+template <class T>
+SI_INLINE Complex<T> widen(Complex<T> x) {
+  return x;
+}
+
+SI_INLINE float widen(BFloat16 x) { return bit_cast_to<float>(uint32_t(x.bits) << 16); }
+
+SI_INLINE float widen(Half x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x.bits));
+#elif defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Normal numbers are rebiased by a multiplication, which also normalises the subnormal ones; infinities and NaN keep
+  // their payload.
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  const float scaled = bit_cast_to<float>(magnitude) * bit_cast_to<float>(0x77800000u);
+  const uint32_t special = magnitude | 0x7f800000u;
+  return bit_cast_to<float>((magnitude >= 0x0f800000u ? special : bits_of(scaled)) | sign);
+#endif
+}
+
+template <class T>
+struct Narrow {
+  template <class M>
+  SI_INLINE static T from(M x) {
+    return x;
+  }
+};
+
+template <>
+struct Narrow<BFloat16> {
+  SI_INLINE static BFloat16 from(float x) {
+#if defined(__CUDA_ARCH__)
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
+    // Round to nearest even; a NaN must not be rounded up into an infinity.
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return {uint16_t(x != x ? 0x7fc0u : rounded)};
+#endif
+  }
+};
+
+template <>
+struct Narrow<Half> {
+  SI_INLINE static Half from(float x) {
+#if defined(__CUDA_ARCH__)
+    return {__half_as_ushort(__float2half_rn(x))};
+#elif defined(__F16C__)
+    return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+    const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
+    const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) {
+      return {uint16_t(sign | 0x7e00u)};
+    }
+    if (magnitude >= 0x47800000u) {
+      return {uint16_t(sign | 0x7c00u)};
+    }
+    if (magnitude < 0x38800000u) {
+      // Subnormal in half: adding 0.5 lets the float adder round at the right bit.
+      return {uint16_t(sign | (bits_of(bit_cast_to<float>(magnitude) + 0.5f) - 0x3f000000u))};
+    }
+    const uint32_t rebiased = magnitude - 0x38000000u;
+    return {uint16_t(sign | ((rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13))};
+#endif
+  }
+};
+
+template <class T, class M>
+SI_INLINE T narrow(M x) {
+  return Narrow<T>::from(x);
+}
+
+template <class T>
+SI_INLINE Complex<T> operator+(Complex<T> a, Complex<T> b) {
+  return {a.real + b.real, a.imag + b.imag};
+}
+
+template <class T>
+SI_INLINE Complex<T> operator*(Complex<T> a, Complex<T> b) {
+  return {a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real};
+}
+
+// a * b + c with one rounding where the processor has the instruction, as torch's own kernels do.
+SI_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+SI_INLINE double multiply_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+template <class T>
+SI_INLINE Complex<T> multiply_add(Complex<T> a, Complex<T> b, Complex<T> c) {
+  return a * b + c;
+}
+
+SI_INLINE float conjugate(float x) { return x; }
+SI_INLINE double conjugate(double x) { return x; }
+template <class T>
+SI_INLINE Complex<T> conjugate(Complex<T> x) {
+  return {x.real, -x.imag};
+}
+
+// A number given as (real, imag) in double, as plans carry it.
+template <class M>
+struct Number {
+  SI_INLINE static M from(const double* value) { return M(value[0]); }
+};
+template <class T>
+struct Number<Complex<T>> {
+  SI_INLINE static Complex<T> from(const double* value) { return {T(value[0]), T(value[1])}; }
+};
+
+} // namespace safe_inplace

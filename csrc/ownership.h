@@ -1,0 +1,20 @@
+// May this memory be written over? The one place that answers.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace safe_inplace {
+
+// True only if the caller's handle is the last one on the tensor and its memory, the tensor covers that memory without
+// gaps or overlaps, and no program outside torch can have been given the address. `handles`: how many the caller holds.
+bool is_sole_owner(const at::Tensor& tensor, size_t handles = 1);
+
+// The same during a backward pass, for a tensor of this pass: also that the graph is released afterwards, that no
+// higher derivative is recorded, and, off the CPU, that every reader of the tensor was ordered before the current
+// stream.
+bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles = 1);
+
+// Whether the graph of the running backward pass is released after it.
+bool graph_is_released();
+
+} // namespace safe_inplace

@@ -1,0 +1,56 @@
+// What a kernel is asked to do, free of ATen: sizes, strides in elements and pointers, the dimensions already sorted
+// (dimension 0 is the innermost) and merged where every tensor allows it. Shared by both devices.
+#pragma once
+
+#include "formulas.h"
+
+namespace safe_inplace {
+
+constexpr int kMaxDims = 12; // after merging; calls with more take the aten formula
+
+// One tensor, or one number, of a call.
+struct Arg {
+  void* data = nullptr; // null: `number` is the operand
+  DType dtype = DType::Float;
+  double number[2] = {0, 0}; // real, imag
+  int64_t strides[kMaxDims] = {}; // in elements; 0 where the operand is broadcast
+};
+
+struct Shape {
+  int ndim = 0; // at least 1, unless numel is 0
+  int64_t sizes[kMaxDims] = {};
+  int64_t numel = 0;
+};
+
+// input = op(input, operands, parameter), and `kept` (when its data is set) = the value that backward needs. An
+// operand's dtype is input's, or float beside a half or bfloat16 input. Numbers are already rounded where torch does.
+struct ForwardPlan {
+  int op = 0; // index in AllOps
+  DType dtype = DType::Float;
+  Shape shape;
+  Arg input;
+  Arg operands[2];
+  Arg kept;
+  double parameter[2] = {1, 0};
+};
+
+// For every wanted operand i: grads[i] = sum over its broadcast dimensions of
+//   grad * conj(factor_i) * (times_parameter_i ? conj(parameter) : 1)
+// with partials from the op table. factors[] hold first operand, second operand, kept value, where some wanted gradient
+// reads them. grads[i].data may be the memory of grad, or of factors[Kept]: then it is element-wise, in grad's dtype, and
+// every other gradient must have read an element before it is overwritten.
+// A broadcast dimension has stride 0 in grads[i].
+struct BackwardPlan {
+  int op = 0;
+  DType dtype = DType::Float;
+  Shape shape;
+  Arg grad;
+  Arg factors[3];
+  bool wanted[3] = {false, false, false};
+  bool reduced[3] = {false, false, false}; // some dimension of size > 1 is summed
+  int64_t numel[3] = {0, 0, 0}; // elements of grads[i]
+  Arg grads[3];
+  double parameter[2] = {1, 0};
+};
+
+} // namespace safe_inplace

@@ -1,0 +1,231 @@
+// The door from Python: reads the arguments and hands plain calls to the dispatcher without any Python in between.
+#include <torch/csrc/python_headers.h>
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/disable_torch_function.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
+#include <torch/csrc/utils/python_arg_parser.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+
+#include <string>
+
+#include "autograd.h"
+#include "digest.h"
+#include "guard.h"
+#include "library.h"
+
+namespace safe_inplace {
+
+namespace {
+
+namespace py = pybind11;
+
+// Called with (name, args, kwargs) where an argument, or a mode, overrides torch functions.
+PyObject* override_handler = nullptr;
+
+// Input, two operands and the parameter.
+constexpr int kMaxArguments = 4;
+
+std::string describe(PyObject* value) {
+  return value == nullptr ? std::string("nothing") : std::string("a ") + Py_TYPE(value)->tp_name;
+}
+
+struct Signature {
+  const OpInfo& op;
+
+  int count() const {
+    return 1 + op.operands + (op.parameter != nullptr ? 1 : 0);
+  }
+  const char* name(int i) const {
+    return i == 0 ? "input" : i <= op.operands ? op.operand_names[i - 1] : op.parameter;
+  }
+  bool is_parameter(int i) const {
+    return i > op.operands;
+  }
+  std::string text() const {
+    std::string text = std::string(op.name) + "(input";
+    for (int i = 0; i < op.operands; ++i) {
+      text += std::string(", ") + op.operand_names[i];
+    }
+    return text + (op.parameter != nullptr ? std::string(", *, ") + op.parameter + "=1)" : ")");
+  }
+};
+
+// Sorts positional and keyword arguments into the signature's order; null where the parameter was left out.
+void collect(const Signature& signature, PyObject* const* args, Py_ssize_t positional, PyObject* keywords,
+             PyObject** out) {
+  const int most = 1 + signature.op.operands;
+  if (positional > most) {
+    throw py::type_error(std::string(signature.op.name) + "(): " + std::to_string(positional) +
+                         " positional arguments given, the signature is " + signature.text());
+  }
+  for (Py_ssize_t i = 0; i < positional; ++i) {
+    out[i] = args[i];
+  }
+  const Py_ssize_t named = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
+  for (Py_ssize_t k = 0; k < named; ++k) {
+    PyObject* const key = PyTuple_GET_ITEM(keywords, k);
+    int found = -1;
+    for (int i = 0; i < signature.count(); ++i) {
+      if (PyUnicode_CompareWithASCIIString(key, signature.name(i)) == 0) {
+        found = i;
+      }
+    }
+    if (found < 0 || out[found] != nullptr) {
+      throw py::type_error(std::string(signature.op.name) + "(): " + (found < 0 ? "unknown" : "repeated") +
+                           " argument '" + py::cast<std::string>(py::handle(key)) + "', the signature is " +
+                           signature.text());
+    }
+    out[found] = args[positional + k];
+  }
+  for (int i = 0; i < most; ++i) {
+    if (out[i] == nullptr) {
+      throw py::type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) +
+                           "' is missing, the signature is " + signature.text());
+    }
+  }
+}
+
+bool take_scalar(PyObject* value, at::Scalar& out) {
+  if (PyFloat_CheckExact(value)) {
+    out = PyFloat_AS_DOUBLE(value);
+    return true;
+  }
+  if (PyBool_Check(value)) {
+    out = value == Py_True;
+    return true;
+  }
+  py::detail::make_caster<at::Scalar> caster;
+  if (!THPUtils_checkScalar(value) || !caster.load(value, /*convert=*/true)) {
+    return false;
+  }
+  out = py::detail::cast_op<at::Scalar>(caster);
+  return true;
+}
+
+[[noreturn]] void refuse(const Signature& signature, int i, PyObject* value) {
+  const char* const wanted = i == 0 ? "a torch.Tensor"
+      : signature.is_parameter(i)   ? "a Python number"
+                                    : "a torch.Tensor or a Python number";
+  std::string remedy;
+  if (i == 0 && THPUtils_checkScalar(value)) {
+    remedy = "; a number cannot be written in place, wrap it with torch.tensor";
+  } else if (signature.is_parameter(i) && THPVariable_Check(value)) {
+    remedy = "; pass its value with .item()";
+  } else if (PySequence_Check(value) && !PyUnicode_Check(value)) {
+    remedy = "; convert it with torch.as_tensor";
+  }
+  throw py::type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) + "' must be " + wanted +
+                       ", but it is " + describe(value) + remedy);
+}
+
+PyObject* call_override(const Signature& signature, PyObject* const* args, Py_ssize_t positional,
+                        PyObject* keywords) {
+  py::tuple positionals(positional);
+  for (Py_ssize_t i = 0; i < positional; ++i) {
+    positionals[i] = py::reinterpret_borrow<py::object>(args[i]);
+  }
+  py::dict named;
+  for (Py_ssize_t k = 0; keywords != nullptr && k < PyTuple_GET_SIZE(keywords); ++k) {
+    named[py::handle(PyTuple_GET_ITEM(keywords, k))] = py::handle(args[positional + k]);
+  }
+  const py::handle handler(override_handler);
+  return handler(signature.op.name, positionals, named).release().ptr();
+}
+
+// Below this a thread switch costs more than the call.
+constexpr int64_t kReleaseGilFrom = 1 << 14;
+
+PyObject* call_op(int index, PyObject* const* args, Py_ssize_t positional, PyObject* keywords) {
+  const Signature signature{infos[index]};
+  PyObject* values[kMaxArguments] = {};
+  collect(signature, args, positional, keywords, values);
+
+  bool overridden = at::impl::torch_function_mode_enabled();
+  for (int i = 0; i < signature.count(); ++i) {
+    overridden = overridden ||
+        (values[i] != nullptr && !THPVariable_CheckExact(values[i]) && !PyFloat_CheckExact(values[i]) &&
+         torch::check_has_torch_function(values[i]));
+  }
+  if (overridden) {
+    return call_override(signature, args, positional, keywords);
+  }
+
+  if (!THPVariable_Check(values[0])) {
+    refuse(signature, 0, values[0]);
+  }
+  Call call{index, &THPVariable_Unpack(values[0]), {}, 1};
+  for (int i = 1; i <= signature.op.operands; ++i) {
+    Operand& operand = call.operands[i - 1];
+    if (THPVariable_Check(values[i])) {
+      operand.tensor = &THPVariable_Unpack(values[i]);
+    } else if (!take_scalar(values[i], operand.number)) {
+      refuse(signature, i, values[i]);
+    }
+  }
+  const int last = signature.count() - 1;
+  if (signature.is_parameter(last) && values[last] != nullptr && !take_scalar(values[last], call.parameter)) {
+    refuse(signature, last, values[last]);
+  }
+  if (call.input->numel() >= kReleaseGilFrom) {
+    const py::gil_scoped_release release;
+    dispatch(call);
+  } else {
+    dispatch(call);
+  }
+  return Py_NewRef(values[0]);
+}
+
+template <int index>
+PyObject* door(PyObject*, PyObject* const* args, Py_ssize_t positional, PyObject* keywords) {
+  HANDLE_TH_ERRORS
+  return call_op(index, args, positional, keywords);
+  END_HANDLE_TH_ERRORS
+}
+
+py::list op_table() {
+  py::list rows;
+  for (const OpInfo& op : infos) {
+    py::list operands;
+    for (int i = 0; i < op.operands; ++i) {
+      operands.append(op.operand_names[i]);
+    }
+    py::dict row;
+    row["name"] = op.name;
+    row["operands"] = operands;
+    row["parameter"] = op.parameter != nullptr ? py::object(py::str(op.parameter)) : py::object(py::none());
+    row["node"] = op.node;
+    rows.append(row);
+  }
+  return rows;
+}
+
+template <class... Ops>
+void add_doors(PyObject* module, OpList<Ops...>) {
+  static PyMethodDef methods[] = {
+      {Ops::name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door<op_index<Ops>>)),
+       METH_FASTCALL | METH_KEYWORDS, nullptr}...,
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(module, methods) != 0) {
+    throw py::error_already_set();
+  }
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+  register_node_types();
+  add_doors(m.ptr(), AllOps{});
+  m.def("op_table", op_table);
+  m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });
+  if (!bind_guard(m.ptr())) {
+    throw py::error_already_set();
+  }
+  m.def(
+      "digest", [](const at::Tensor& tensor) { return digest(tensor); }, py::arg("tensor"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
+} // namespace safe_inplace

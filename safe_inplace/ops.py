@@ -1,0 +1,186 @@
+"""The in-place ops.
+
+Each function is a thin face of a C++ op: for plain tensors the work is one call into `_C`. Where a compiler traces the
+program the dispatcher's op is called instead; it unfolds into aten operations, which the compiler fuses as it likes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import _C
+
+__all__ = ["add_", "add_mul_", "addcmul_", "mul_", "mul_add_"]
+
+Number = int | float | complex | bool
+Operand = Tensor | Number
+
+
+def add_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
+    r"""Adds to ``input`` in place: ``input + alpha * other``. Bit for bit what ``input.add_(other, alpha=alpha)`` writes.
+
+    Args:
+        input: the tensor to write, of any shape, dtype and device. A leaf that requires a gradient is refused.
+        other: a tensor that broadcasts to ``input``'s shape, or a number. Dtypes are promoted by torch's rules; the
+            result must be castable to ``input``'s dtype.
+        alpha: the multiplier of ``other``.
+
+    Returns:
+        ``input``, its version counter one higher.
+
+    Saved for backward: nothing.
+
+    Raises:
+        RuntimeError: before anything is written, where ``input.add_`` raises it: a shape that does not broadcast to
+            ``input``'s, a dtype that cannot be cast, memory that overlaps itself or an operand in part, a leaf that
+            requires a gradient.
+        TypeError: an argument is neither a tensor nor a number.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> safe_inplace.add_(x, torch.tensor([10.0, 20.0]), alpha=0.5)
+        tensor([ 6., 12.])
+    """
+    if is_compiling():
+        torch.ops.safe_inplace.add_(input, other, alpha=alpha)
+        return input
+    return _C.add_(input, other, alpha=alpha)
+
+
+def mul_(input: Tensor, other: Operand) -> Tensor:
+    r"""Multiplies ``input`` in place: ``input * other``. Bit for bit what ``input.mul_(other)`` writes.
+
+    Args:
+        input: the tensor to write, of any shape, dtype and device. A leaf that requires a gradient is refused.
+        other: a tensor that broadcasts to ``input``'s shape, or a number. It may be ``input`` itself.
+
+    Returns:
+        ``input``, its version counter one higher.
+
+    Saved for backward: ``other``, if ``input`` needs a gradient; the old ``input``, if ``other`` does. The kernel that
+    writes the product writes that copy too.
+
+    Raises:
+        RuntimeError: before anything is written, where ``input.mul_`` raises it.
+        TypeError: an argument is neither a tensor nor a number.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> safe_inplace.mul_(x, x)
+        tensor([1., 4.])
+    """
+    if is_compiling():
+        torch.ops.safe_inplace.mul_(input, other)
+        return input
+    return _C.mul_(input, other)
+
+
+def add_mul_(input: Tensor, other: Operand, scale: Operand) -> Tensor:
+    r"""Adds, then scales, in place and in one pass: ``(input + other) * scale``.
+
+    The arithmetic is done in float32 for float16 and bfloat16, and rounded to ``input``'s dtype once.
+
+    Args:
+        input: the tensor to write, of any shape, dtype and device. A leaf that requires a gradient is refused.
+        other: a tensor that broadcasts to ``input``'s shape, or a number.
+        scale: a tensor that broadcasts to ``input``'s shape, or a number.
+
+    Returns:
+        ``input``, its version counter one higher.
+
+    Saved for backward: ``scale``, if ``input`` or ``other`` needs a gradient; ``input + other``, if ``scale`` does.
+
+    Raises:
+        RuntimeError: before anything is written, where torch's own in-place methods raise it.
+        TypeError: an argument is neither a tensor nor a number.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> scores, bias = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+        >>> safe_inplace.add_mul_(scores, bias, 0.5)
+        tensor([2., 3.])
+    """
+    if is_compiling():
+        torch.ops.safe_inplace.add_mul_(input, other, scale)
+        return input
+    return _C.add_mul_(input, other, scale)
+
+
+def mul_add_(input: Tensor, scale: Operand, shift: Operand) -> Tensor:
+    r"""Scales and shifts in place and in one pass: ``input * scale + shift`` (modulation, affine).
+
+    The arithmetic is done in float32 for float16 and bfloat16, and rounded to ``input``'s dtype once.
+
+    Args:
+        input: the tensor to write, of any shape, dtype and device. A leaf that requires a gradient is refused.
+        scale: a tensor that broadcasts to ``input``'s shape, or a number.
+        shift: a tensor that broadcasts to ``input``'s shape, or a number.
+
+    Returns:
+        ``input``, its version counter one higher.
+
+    Saved for backward: ``scale``, if ``input`` needs a gradient; the old ``input``, if ``scale`` does. The kernel that
+    writes the result writes that copy too. ``shift`` needs nothing.
+
+    Raises:
+        RuntimeError: before anything is written, where torch's own in-place methods raise it.
+        TypeError: an argument is neither a tensor nor a number.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> safe_inplace.mul_add_(x, torch.tensor([2.0, 10.0]), 1)
+        tensor([[ 3., 21.],
+                [ 7., 41.]])
+    """
+    if is_compiling():
+        torch.ops.safe_inplace.mul_add_(input, scale, shift)
+        return input
+    return _C.mul_add_(input, scale, shift)
+
+
+def addcmul_(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number = 1) -> Tensor:
+    r"""Adds a product in place: ``input + value * tensor1 * tensor2`` (residual with LayerScale or a gate).
+
+    The arithmetic is done in float32 for float16 and bfloat16, and rounded to ``input``'s dtype once.
+
+    Args:
+        input: the tensor to write, of any shape, dtype and device. A leaf that requires a gradient is refused.
+        tensor1: a tensor that broadcasts to ``input``'s shape, or a number.
+        tensor2: a tensor that broadcasts to ``input``'s shape, or a number.
+        value: the multiplier of the product.
+
+    Returns:
+        ``input``, its version counter one higher.
+
+    Saved for backward: ``tensor2``, if ``tensor1`` needs a gradient; ``tensor1``, if ``tensor2`` does. ``input`` needs
+    nothing.
+
+    Raises:
+        RuntimeError: before anything is written, where ``input.addcmul_`` raises it.
+        TypeError: an argument is neither a tensor nor a number.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> x, branch, gamma = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0]), torch.tensor([0.5, 2.0])
+        >>> safe_inplace.addcmul_(x, branch, gamma)
+        tensor([2., 7.])
+    """
+    if is_compiling():
+        torch.ops.safe_inplace.addcmul_(input, tensor1, tensor2, value=value)
+        return input
+    return _C.addcmul_(input, tensor1, tensor2, value=value)
+
+
+def _call_override(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    public: Callable[..., Any] = globals()[name]
+    relevant = (*args, *kwargs.values())
+    return torch.overrides.handle_torch_function(public, relevant, *args, **kwargs)
+
+
+_C.set_override_handler(_call_override)
