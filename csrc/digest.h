@@ -1,0 +1,16 @@
+// A 64-bit fingerprint of a tensor's bytes, at the speed of memory, equal on every device and number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include <ATen/core/Tensor.h>
+
+namespace safe_inplace {
+
+// Of the elements in logical order, whatever the strides: a tensor and its contiguous copy agree. Waits for the device.
+uint64_t digest(const at::Tensor& tensor);
+
+// The same, as a 0-dim int64 tensor on the tensor's own device: nothing waits.
+at::Tensor digest_on_device(const at::Tensor& tensor);
+
+} // namespace safe_inplace

@@ -1,0 +1,32 @@
+// Which bytes a strided tensor occupies, and whether two of them share one.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+namespace safe_inplace {
+
+struct Extent {
+  struct Dimension {
+    int64_t stride; // bytes
+    int64_t size;
+  };
+
+  const char* base; // where the storage begins: equal for every view of it, and for NumPy's and DLPack's alias of it
+  int64_t begin; // bytes after base
+  int64_t end;
+  int64_t run; // bytes in one unbroken block
+  std::vector<Dimension> blocks; // how the block is repeated, outermost first; empty where the bytes are one block
+
+  int64_t count() const;
+};
+
+// None for a tensor without bytes of its own: no storage, a meta device, no element.
+std::optional<Extent> extent_of(const at::Tensor& tensor);
+
+bool overlap(const Extent& a, const Extent& b);
+
+} // namespace safe_inplace

@@ -1,0 +1,809 @@
+#include "guard.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include <ATen/Functions.h>
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/SparseCsrTensorUtils.h>
+#include <ATen/native/SparseTensorUtils.h>
+#include <ATen/NestedTensorImpl.h>
+#include <ATen/ThreadLocalPythonObjects.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/node.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
+
+#include "digest.h"
+#include "extent.h"
+
+namespace safe_inplace {
+namespace {
+
+// Writes are seen by a boxed kernel for a dispatch key that torch keeps free and that a thread can switch on. A
+// TorchDispatchMode sees the same at 13 us per operator (a step that is all overhead: 3.1x); this costs 0.3 us.
+// The key comes before autograd: a hazard is refused before the operator has done anything at all.
+constexpr auto kKey = c10::DispatchKey::TESTING_ONLY_GenericMode;
+constexpr auto kPolicy = "safe_inplace.guard";
+
+struct Decref {
+  void operator()(PyObject* object) const {
+    Py_XDECREF(object);
+  }
+};
+using Object = std::unique_ptr<PyObject, Decref>;
+
+Object share(PyObject* object) {
+  Py_XINCREF(object);
+  return Object(object);
+}
+
+// Keeps the Python exception inside the C++ one: on its way to the interpreter it may pass code without the GIL.
+[[noreturn]] void rethrow_python() {
+  python_error error;
+  error.persist();
+  throw error;
+}
+
+Object checked(PyObject* owned) {
+  if (owned == nullptr) {
+    rethrow_python();
+  }
+  return Object(owned);
+}
+
+// ---- what an operator writes
+
+struct OperatorFacts {
+  std::vector<size_t> written; // positions of the arguments whose memory is written
+  std::vector<size_t> relaid; // whose version rises though no byte of them changes: t_, resize_, set_
+  std::vector<size_t> unannotated; // written by the kernels, though the schema does not say so
+  std::optional<size_t> only_if; // ... when this boolean argument is true
+
+  explicit OperatorFacts(const c10::OperatorHandle& op);
+
+  bool writes() const {
+    return !written.empty() || !relaid.empty() || !unannotated.empty();
+  }
+};
+
+OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) {
+  // A composite operator writes through others, which are seen in their turn, or not at all: dropout_ in eval mode.
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
+    return;
+  }
+  const auto& schema = op.schema();
+  const auto& name = op.operator_name().name;
+  const bool relays = op.hasTag(at::Tag::inplace_view) || name == "aten::resize_" || name == "aten::resize_as_" ||
+      name == "aten::_resize_output_" || name == "aten::_coalesced_";
+  const bool batch_norm = name.find("batch_norm") != std::string::npos && name.find("backward") == std::string::npos &&
+      name.find("no_training") == std::string::npos;
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    const auto& argument = schema.arguments()[i];
+    if (batch_norm && (argument.name() == "running_mean" || argument.name() == "running_var")) {
+      unannotated.push_back(i);
+    } else if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) {
+      (relays ? relaid : written).push_back(i);
+    }
+    if (batch_norm && (argument.name() == "training" || argument.name() == "train")) {
+      only_if = i;
+    }
+  }
+}
+
+const OperatorFacts& facts_of(const c10::OperatorHandle& op) {
+  thread_local std::unordered_map<c10::OperatorHandle, OperatorFacts> known;
+  const auto found = known.find(op);
+  return found != known.end() ? found->second : known.emplace(op, OperatorFacts(op)).first->second;
+}
+
+// ---- where in the user's code
+
+// The code object and the instruction of the innermost frame of the user's code. Line and text are looked up only
+// when a report is printed.
+struct Place {
+  Object code;
+  int instruction = -1;
+};
+
+PyObject* is_user_code = nullptr; // Python: code object -> bool
+
+bool user_code(PyObject* code) {
+  // Holds each code object, so that an address is never that of another one.
+  static auto* known = new std::unordered_map<PyObject*, bool>();
+  const auto found = known->find(code);
+  if (found != known->end()) {
+    return found->second;
+  }
+  const auto answer = checked(PyObject_CallOneArg(is_user_code, code));
+  const bool user = PyObject_IsTrue(answer.get()) == 1;
+  Py_INCREF(code);
+  known->emplace(code, user);
+  return user;
+}
+
+Place current_place() {
+  Place place;
+  PyFrameObject* frame = PyThreadState_GetFrame(PyThreadState_Get());
+  while (frame != nullptr) {
+    place.code.reset(reinterpret_cast<PyObject*>(PyFrame_GetCode(frame)));
+    place.instruction = PyFrame_GetLasti(frame);
+    if (user_code(place.code.get())) {
+      Py_DECREF(frame);
+      break;
+    }
+    PyFrameObject* back = PyFrame_GetBack(frame);
+    Py_DECREF(frame);
+    frame = back;
+  }
+  return place;
+}
+
+// ---- what is saved
+
+struct SavedObject {
+  PyObject_HEAD
+  at::Tensor value; // shares memory and version counter with what was saved, and holds no graph
+  std::vector<Extent> extents;
+  std::vector<at::Tensor> fingerprints;
+  uint32_t version;
+  bool versioned;
+  bool value_unused; // saved, but backward does not read it: running statistics of a batch norm that trains
+  bool released; // the writer has been told, or the value is a private copy: later writes change nothing
+  const void* unpacked_by; // the node
+  long unpacked;
+  std::optional<c10::OperatorName> op;
+  Place place;
+  Object policy;
+  Object note; // what became of it, for guard.py
+};
+
+PyTypeObject* saved_type = nullptr;
+
+SavedObject* saved(PyObject* object) {
+  return reinterpret_cast<SavedObject*>(object);
+}
+
+uint32_t version_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->version_counter().current_version();
+}
+
+// Every live saved value by the memory it lies in. Changed with the GIL held and the mutex locked; read with either.
+// The GIL is never taken with the mutex locked. A saved value holds its storage, so a key stays true while it is here.
+struct Ledger {
+  std::mutex mutex;
+  std::unordered_map<const char*, std::vector<SavedObject*>> by_base;
+  std::atomic<size_t> size{0};
+
+  void add(SavedObject* entry) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const auto& extent : entry->extents) {
+      by_base[extent.base].push_back(entry);
+      size.fetch_add(1, std::memory_order_relaxed);
+    }
+  }
+
+  void remove(SavedObject* entry) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const auto& extent : entry->extents) {
+      const auto found = by_base.find(extent.base);
+      if (found == by_base.end()) {
+        continue;
+      }
+      auto& entries = found->second;
+      const auto last = std::find(entries.rbegin(), entries.rend(), entry);
+      if (last != entries.rend()) {
+        entries.erase(std::next(last).base());
+        size.fetch_sub(1, std::memory_order_relaxed);
+      }
+      if (entries.empty()) {
+        by_base.erase(found);
+      }
+    }
+  }
+
+  bool has(const char* base) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return by_base.contains(base);
+  }
+};
+
+Ledger& ledger() {
+  static auto* instance = new Ledger(); // outlives the interpreter's last deallocations
+  return *instance;
+}
+
+bool plain(const at::Tensor& tensor) {
+  // A subclass's own dispatch, functorch's wrappers and fakes stand for other tensors; what they do to those is seen.
+  constexpr auto stand_ins = c10::DispatchKeySet(
+      {c10::DispatchKey::Python,
+       c10::DispatchKey::FuncTorchBatched,
+       c10::DispatchKey::FuncTorchGradWrapper,
+       c10::DispatchKey::Functionalize});
+  return !tensor.key_set().has_any(stand_ins);
+}
+
+void append_extents(std::vector<Extent>& extents, const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    return;
+  }
+  if (tensor.is_sparse()) {
+    const auto* impl = at::sparse::get_sparse_impl(tensor);
+    append_extents(extents, impl->indices());
+    append_extents(extents, impl->values());
+  } else if (at::sparse_csr::is_sparse_compressed(tensor)) {
+    auto* impl = at::sparse_csr::get_sparse_csr_impl(tensor);
+    append_extents(extents, impl->compressed_indices());
+    append_extents(extents, impl->plain_indices());
+    append_extents(extents, impl->values());
+  } else if (tensor.key_set().has(c10::DispatchKey::NestedTensor)) {
+    append_extents(extents, at::native::get_nested_tensor_impl(tensor)->get_unsafe_storage_as_tensor());
+  } else if (auto extent = extent_of(tensor)) {
+    extents.push_back(std::move(*extent));
+  }
+}
+
+bool overlap_any(const std::vector<Extent>& a, const std::vector<Extent>& b) {
+  return std::any_of(a.begin(), a.end(), [&](const Extent& x) {
+    return std::any_of(b.begin(), b.end(), [&](const Extent& y) { return overlap(x, y); });
+  });
+}
+
+// ---- the operator that is running
+
+struct Running {
+  struct Target {
+    const c10::TensorImpl* tensor;
+    Extent extent;
+    uint32_t version; // before the write
+  };
+
+  const c10::OperatorHandle& op;
+  // Taken before the operator runs: a kernel that takes an argument by value moves it out of the stack.
+  std::vector<Target> targets; // what it is about to overwrite
+  std::vector<Extent> statistics; // what it saves and its backward does not read
+  Running* outer;
+};
+
+thread_local Running* running = nullptr;
+
+class RunningScope {
+ public:
+  explicit RunningScope(Running& entry) {
+    running = &entry;
+  }
+  ~RunningScope() {
+    running = running->outer;
+  }
+  RunningScope(const RunningScope&) = delete;
+  RunningScope& operator=(const RunningScope&) = delete;
+};
+
+template <class F>
+void each_tensor(const c10::IValue& value, const F& visit) {
+  if (value.isTensor()) {
+    if (value.toTensor().defined()) {
+      visit(value.toTensor());
+    }
+  } else if (value.isTensorList()) {
+    const auto list = value.toTensorVector();
+    for (const at::Tensor& tensor : list) {
+      visit(tensor);
+    }
+  } else if (value.isList()) {
+    for (const c10::IValue& item : value.toListRef()) {
+      each_tensor(item, visit);
+    }
+  }
+}
+
+PyObject* current_policy() { // borrowed, with the GIL
+  if (!at::impl::ThreadLocalPythonObjects::contains(kPolicy)) {
+    return nullptr;
+  }
+  return at::impl::ThreadLocalPythonObjects::get(kPolicy)->ptr(getPyInterpreter());
+}
+
+Object operator_name(const c10::OperatorName& name) {
+  const auto text = c10::toString(name);
+  return checked(PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size())));
+}
+
+Object place_objects(const Place& place) {
+  return checked(
+      place.code ? Py_BuildValue("(Oi)", place.code.get(), place.instruction) : Py_BuildValue("(Oi)", Py_None, -1));
+}
+
+void ask_policy(
+    PyObject* policy,
+    const char* method,
+    const std::vector<Object>& entries,
+    const c10::OperatorHandle& op,
+    const at::Tensor& written) {
+  const auto list = checked(PyList_New(static_cast<Py_ssize_t>(entries.size())));
+  for (size_t i = 0; i < entries.size(); ++i) {
+    PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i), share(entries[i].get()).release());
+  }
+  const auto name = operator_name(op.operator_name());
+  const auto place = place_objects(current_place());
+  const auto tensor = checked(THPVariable_Wrap(written));
+  const Object answer(PyObject_CallMethod(policy, method, "OOOO", list.get(), name.get(), place.get(), tensor.get()));
+  if (!answer) {
+    rethrow_python();
+  }
+}
+
+// A backward that runs for the last time may use the memory of its own saved values: nobody will ask for them again.
+bool dies_with_this_node(const SavedObject* entry) {
+  if (entry->unpacked_by == nullptr || torch::autograd::get_current_graph_task_keep_graph()) {
+    return false;
+  }
+  const auto node = torch::autograd::get_current_node();
+  return node.get() == entry->unpacked_by;
+}
+
+enum class Change { bytes, unannotated_bytes, layout };
+
+// The writes of one operator: judged before it runs, and once more after it.
+class Writes {
+ public:
+  Writes(Running& entry, const OperatorFacts& facts, c10::ArrayRef<c10::IValue> arguments) : entry_(entry) {
+    const bool trains = !facts.only_if || arguments[*facts.only_if].toBool();
+    look(facts.written, arguments, Change::bytes);
+    look(facts.relaid, arguments, Change::layout);
+    if (trains) {
+      look(facts.unannotated, arguments, Change::unannotated_bytes);
+    }
+  }
+
+  Writes(const Writes&) = delete;
+  Writes& operator=(const Writes&) = delete;
+
+  ~Writes() {
+    if (!neighbours_.empty()) {
+      pybind11::gil_scoped_acquire gil;
+      neighbours_.clear();
+    }
+  }
+
+  // What missed every saved byte may have raised a saved value's version all the same: torch counts versions for all
+  // views of one base together, and refuses such a graph in backward.
+  void finish() {
+    if (neighbours_.empty()) {
+      return;
+    }
+    pybind11::gil_scoped_acquire gil;
+    std::vector<Object> raised;
+    for (auto& [object, version] : neighbours_) {
+      if (version_of(saved(object.get())->value) != version) {
+        raised.push_back(share(object.get()));
+      }
+    }
+    PyObject* policy = raised.empty() ? nullptr : current_policy();
+    if (policy != nullptr) {
+      ask_policy(policy, "_on_version", raised, entry_.op, neighbour_);
+    }
+  }
+
+ private:
+  void look(const std::vector<size_t>& positions, c10::ArrayRef<c10::IValue> arguments, Change change) {
+    for (const size_t position : positions) {
+      each_tensor(arguments[position], [&](const at::Tensor& tensor) { look_at(tensor, change); });
+    }
+  }
+
+  void look_at(const at::Tensor& tensor, Change change) {
+    const bool saves = at::GradMode::is_enabled();
+    if (!plain(tensor) || (!saves && ledger().size.load(std::memory_order_relaxed) == 0)) {
+      return;
+    }
+    std::vector<Extent> extents;
+    append_extents(extents, tensor);
+    if (saves && change == Change::bytes) {
+      const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
+      for (const auto& extent : extents) {
+        entry_.targets.push_back(
+            {tensor.unsafeGetTensorImpl(), extent, counter.enabled() ? counter.current_version() : 0});
+      }
+    } else if (saves && change == Change::unannotated_bytes) {
+      entry_.statistics.insert(entry_.statistics.end(), extents.begin(), extents.end());
+    }
+    if (std::any_of(extents.begin(), extents.end(), [](const Extent& e) { return ledger().has(e.base); })) {
+      pybind11::gil_scoped_acquire gil;
+      compare(tensor, extents, change);
+    }
+  }
+
+  void compare(const at::Tensor& tensor, const std::vector<Extent>& extents, Change change) {
+    PyObject* policy = current_policy();
+    if (policy == nullptr) {
+      return;
+    }
+    std::vector<Object> hits;
+    const auto consider = [&](SavedObject* entry) {
+      if (entry->released || dies_with_this_node(entry) ||
+          (entry->value_unused && change == Change::unannotated_bytes)) {
+        return;
+      }
+      auto object = share(reinterpret_cast<PyObject*>(entry));
+      if (change != Change::layout && overlap_any(extents, entry->extents)) {
+        hits.push_back(std::move(object));
+      } else if (entry->versioned) {
+        neighbours_.emplace_back(std::move(object), version_of(entry->value));
+        neighbour_ = tensor;
+      }
+    };
+    for (const auto& extent : extents) {
+      const auto found = ledger().by_base.find(extent.base);
+      if (found != ledger().by_base.end()) {
+        std::for_each(found->second.begin(), found->second.end(), consider);
+      }
+    }
+    if (!hits.empty()) {
+      ask_policy(policy, "_on_write", hits, entry_.op, tensor);
+    }
+  }
+
+  Running& entry_;
+  std::vector<std::pair<Object, uint32_t>> neighbours_;
+  at::Tensor neighbour_;
+};
+
+void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& facts = facts_of(op);
+  const auto below = keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey);
+  Running entry{op, {}, {}, running};
+  if (!facts.writes()) {
+    const RunningScope scope(entry);
+    op.redispatchBoxed(below, stack);
+    return;
+  }
+  Writes writes(entry, facts, torch::jit::last(*stack, op.schema().arguments().size()));
+  {
+    const RunningScope scope(entry);
+    op.redispatchBoxed(below, stack);
+  }
+  writes.finish();
+}
+
+// ---- saving
+
+std::vector<Extent> extents_of_saved(const at::Tensor& tensor, PyObject* wrapped, PyObject* policy) {
+  std::vector<Extent> extents;
+  if (plain(tensor)) {
+    append_extents(extents, tensor);
+  } else if (policy != nullptr) {
+    const auto parts = checked(PyObject_CallMethod(policy, "_parts", "O", wrapped));
+    const auto sequence = checked(PySequence_Fast(parts.get(), "the parts of a tensor subclass"));
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.get()); ++i) {
+      append_extents(extents, THPVariable_Unpack(PySequence_Fast_GET_ITEM(sequence.get(), i)));
+    }
+  }
+  return extents;
+}
+
+std::vector<at::Tensor> fingerprints_of(const at::Tensor& tensor) {
+  if (!plain(tensor)) {
+    return {};
+  }
+  if (tensor.is_sparse()) {
+    const auto* impl = at::sparse::get_sparse_impl(tensor);
+    return {digest_on_device(impl->indices()), digest_on_device(impl->values())};
+  }
+  if (tensor.layout() != at::kStrided || !tensor.has_storage() || tensor.is_meta()) {
+    return {};
+  }
+  return {digest_on_device(tensor)};
+}
+
+bool flag_of(PyObject* policy, const char* name) {
+  const auto value = checked(PyObject_GetAttrString(policy, name));
+  return PyObject_IsTrue(value.get()) == 1;
+}
+
+// An operator that is about to overwrite what its own autograd node saves: x.mul_(x).
+const Running* about_to_overwrite(const SavedObject* entry) {
+  for (const auto* op = running; op != nullptr; op = op->outer) {
+    for (const auto& [tensor, extent, version] : op->targets) {
+      const auto& counter = tensor->version_counter();
+      const bool still_before = !counter.enabled() || counter.current_version() == version;
+      if (still_before && overlap_any({extent}, entry->extents)) {
+        return op;
+      }
+    }
+  }
+  return nullptr;
+}
+
+bool saved_by_training_batch_norm(const SavedObject* entry) {
+  for (const auto* op = running; op != nullptr; op = op->outer) {
+    if (overlap_any(op->statistics, entry->extents)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+PyObject* pack(PyObject*, PyObject* argument) {
+  HANDLE_TH_ERRORS
+  const auto& tensor = THPVariable_Unpack(argument);
+  PyObject* policy = current_policy();
+  auto object = checked(saved_type->tp_alloc(saved_type, 0));
+  auto* entry = saved(object.get());
+  new (&entry->value) at::Tensor(plain(tensor) ? tensor.tensor_data() : tensor.detach());
+  new (&entry->extents) std::vector<Extent>();
+  new (&entry->fingerprints) std::vector<at::Tensor>();
+  new (&entry->op) std::optional<c10::OperatorName>();
+  new (&entry->place) Place();
+  new (&entry->policy) Object(share(policy));
+  new (&entry->note) Object();
+  entry->extents = extents_of_saved(tensor, argument, policy);
+  const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
+  entry->versioned = counter.enabled();
+  entry->version = entry->versioned ? counter.current_version() : 0;
+  if (running != nullptr) {
+    entry->op = running->op.operator_name();
+    entry->value_unused = saved_by_training_batch_norm(entry);
+  }
+  entry->place = current_place();
+  if (policy != nullptr) {
+    if (const auto* op = about_to_overwrite(entry)) {
+      std::vector<Object> hit;
+      hit.push_back(share(object.get()));
+      ask_policy(policy, "_on_write", hit, op->op, tensor);
+    }
+    if (!entry->value_unused && !entry->released && flag_of(policy, "verify")) {
+      entry->fingerprints = fingerprints_of(entry->value);
+    }
+  }
+  if (!entry->released && !entry->extents.empty()) {
+    ledger().add(entry);
+  }
+  return object.release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* unpack(PyObject*, PyObject* argument) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(Py_TYPE(argument) == saved_type, "guard_unpack takes what guard_pack returned");
+  auto* entry = saved(argument);
+  entry->unpacked_by = torch::autograd::get_current_node().get();
+  ++entry->unpacked;
+  if (entry->versioned && version_of(entry->value) != entry->version) {
+    PyObject* policy = entry->policy.get();
+    TORCH_CHECK(
+        policy != nullptr,
+        "one of the variables needed for gradient computation has been modified by an inplace operation: it is at "
+        "version ", version_of(entry->value), "; expected version ", entry->version, " instead");
+    checked(PyObject_CallMethod(policy, "_on_stale", "O", argument));
+  }
+  if (!entry->fingerprints.empty()) {
+    const auto now = fingerprints_of(entry->value);
+    for (size_t i = 0; i < now.size(); ++i) {
+      const auto then = checked(THPVariable_Wrap(entry->fingerprints[i]));
+      if (!now[i].is_cpu()) {
+        const auto here = checked(THPVariable_Wrap(now[i]));
+        checked(PyObject_CallMethod(entry->policy.get(), "_compare", "OOO", argument, then.get(), here.get()));
+      } else if (now[i].const_data_ptr<int64_t>()[0] != entry->fingerprints[i].const_data_ptr<int64_t>()[0]) {
+        checked(PyObject_CallMethod(entry->policy.get(), "_on_mismatch", "O", argument));
+        break;
+      }
+    }
+  }
+  return THPVariable_Wrap(entry->value);
+  END_HANDLE_TH_ERRORS
+}
+
+// ---- the type Saved
+
+void saved_dealloc(PyObject* object) {
+  auto* entry = saved(object);
+  ledger().remove(entry);
+  entry->note.~Object();
+  entry->policy.~Object();
+  entry->place.~Place();
+  entry->op.~optional();
+  entry->fingerprints.~vector();
+  entry->extents.~vector();
+  entry->value.~Tensor();
+  PyTypeObject* type = Py_TYPE(object);
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+// The value became a private copy.
+PyObject* saved_replace(PyObject* self, PyObject* argument) {
+  HANDLE_TH_ERRORS
+  auto* entry = saved(self);
+  TORCH_CHECK_TYPE(THPVariable_Check(argument), "replace() takes a tensor");
+  ledger().remove(entry);
+  entry->extents.clear();
+  entry->value = THPVariable_Unpack(argument).detach();
+  entry->version = entry->versioned ? version_of(entry->value) : 0;
+  entry->released = true;
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// Later writes to it are of no interest: the first one has been reported.
+PyObject* saved_release(PyObject* self, PyObject*) {
+  saved(self)->released = true;
+  saved(self)->fingerprints.clear();
+  Py_RETURN_NONE;
+}
+
+// Its version rose, its bytes did not change.
+PyObject* saved_accept(PyObject* self, PyObject*) {
+  HANDLE_TH_ERRORS
+  saved(self)->version = version_of(saved(self)->value);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* saved_get_value(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  return THPVariable_Wrap(saved(self)->value);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* saved_get_op(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  const auto* entry = saved(self);
+  if (!entry->op) {
+    Py_RETURN_NONE;
+  }
+  return operator_name(*entry->op).release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* saved_get_place(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  return place_objects(saved(self)->place).release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* saved_get_version(PyObject* self, void*) {
+  return PyLong_FromUnsignedLong(saved(self)->version);
+}
+
+PyObject* saved_get_unpacked(PyObject* self, void*) {
+  return PyLong_FromLong(saved(self)->unpacked);
+}
+
+PyObject* saved_get_note(PyObject* self, void*) {
+  const auto& note = saved(self)->note;
+  return share(note ? note.get() : Py_None).release();
+}
+
+int saved_set_note(PyObject* self, PyObject* value, void*) {
+  saved(self)->note = share(value);
+  return 0;
+}
+
+PyMethodDef saved_methods[] = {
+    {"replace", saved_replace, METH_O, nullptr},
+    {"release", saved_release, METH_NOARGS, nullptr},
+    {"accept", saved_accept, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyGetSetDef saved_attributes[] = {
+    {"value", saved_get_value, nullptr, nullptr, nullptr},
+    {"op", saved_get_op, nullptr, nullptr, nullptr},
+    {"place", saved_get_place, nullptr, nullptr, nullptr},
+    {"version", saved_get_version, nullptr, nullptr, nullptr},
+    {"unpacked", saved_get_unpacked, nullptr, nullptr, nullptr},
+    {"note", saved_get_note, saved_set_note, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr}};
+
+PyType_Slot saved_slots[] = {
+    {Py_tp_dealloc, reinterpret_cast<void*>(saved_dealloc)},
+    {Py_tp_methods, saved_methods},
+    {Py_tp_getset, saved_attributes},
+    {0, nullptr}};
+
+PyType_Spec saved_spec = {
+    "safe_inplace._C.Saved",
+    sizeof(SavedObject),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    saved_slots};
+
+// ---- switching it on
+
+PyObject* hooks[2] = {nullptr, nullptr};
+
+// The thread's watch begins; what it returns is for guard_exit.
+PyObject* enter(PyObject*, PyObject* policy) {
+  HANDLE_TH_ERRORS
+  auto outer = share(current_policy());
+  at::SavedTensorDefaultHooks::lazy_initialize();
+  at::SavedTensorDefaultHooks::push_hooks(
+      c10::SafePyObject(share(hooks[0]).release(), getPyInterpreter()),
+      c10::SafePyObject(share(hooks[1]).release(), getPyInterpreter()));
+  at::impl::ThreadLocalPythonObjects::set(
+      kPolicy, std::make_shared<c10::SafePyObject>(share(policy).release(), getPyInterpreter()));
+  c10::impl::tls_set_dispatch_key_included(kKey, true);
+  return outer ? outer.release() : Py_NewRef(Py_None);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* exit(PyObject*, PyObject* outer) {
+  HANDLE_TH_ERRORS
+  at::SavedTensorDefaultHooks::pop_hooks();
+  if (outer == Py_None) {
+    c10::impl::tls_set_dispatch_key_included(kKey, false);
+    at::impl::ThreadLocalPythonObjects::erase(kPolicy);
+  } else {
+    at::impl::ThreadLocalPythonObjects::set(
+        kPolicy, std::make_shared<c10::SafePyObject>(share(outer).release(), getPyInterpreter()));
+  }
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* current(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  PyObject* policy = current_policy();
+  return Py_NewRef(policy != nullptr ? policy : Py_None);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* live(PyObject*, PyObject*) {
+  return PyLong_FromSize_t(ledger().size.load(std::memory_order_relaxed));
+}
+
+PyObject* set_user_code(PyObject*, PyObject* predicate) {
+  Py_XSETREF(is_user_code, Py_NewRef(predicate));
+  Py_RETURN_NONE;
+}
+
+PyObject* share_memory(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      count == 2 && THPVariable_Check(arguments[0]) && THPVariable_Check(arguments[1]),
+      "guard_overlap takes two tensors");
+  const auto a = extent_of(THPVariable_Unpack(arguments[0]));
+  const auto b = extent_of(THPVariable_Unpack(arguments[1]));
+  return PyBool_FromLong(a && b && overlap(*a, *b));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef functions[] = {
+    {"guard_enter", enter, METH_O, nullptr},
+    {"guard_exit", exit, METH_O, nullptr},
+    {"guard_current", current, METH_NOARGS, nullptr},
+    {"guard_live", live, METH_NOARGS, nullptr},
+    {"guard_pack", pack, METH_O, nullptr},
+    {"guard_unpack", unpack, METH_O, nullptr},
+    {"guard_user_code", set_user_code, METH_O, nullptr},
+    {"guard_overlap", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(share_memory)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&watch>());
+}
+
+bool bind_guard(PyObject* module) {
+  saved_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&saved_spec));
+  if (saved_type == nullptr || PyModule_AddObjectRef(module, "Saved", reinterpret_cast<PyObject*>(saved_type)) < 0 ||
+      PyModule_AddFunctions(module, functions) < 0) {
+    return false;
+  }
+  hooks[0] = PyObject_GetAttrString(module, "guard_pack");
+  hooks[1] = PyObject_GetAttrString(module, "guard_unpack");
+  return hooks[0] != nullptr && hooks[1] != nullptr;
+}
+
+} // namespace safe_inplace
