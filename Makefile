@@ -57,7 +57,7 @@ test: $(BUILT) $(call extra,test) $(call extra,demo)
 
 demo: $(BUILT) $(call extra,demo)
 	$(call say,the demo: the digits - then the modules of the in-place tutorials)
-	@$(PY) -m examples.digits $(ARGS)
+	@KINETO_LOG_LEVEL=99 $(PY) -m examples.digits $(ARGS)
 	@$(PY) -m examples.tutorial_modules
 
 bench: $(BUILT) $(call extra,bench)
