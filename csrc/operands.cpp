@@ -299,7 +299,7 @@ bool place_operand(const Operand& operand, const at::Tensor& value, const at::Te
   if (operand.tensor == nullptr) {
     return take_number(operand.number, input.scalar_type(), arg.number);
   }
-  DType operand_dtype;
+  DType operand_dtype = dtype;
   const bool known = kernel_dtype(value.scalar_type(), operand_dtype);
   if (value.dim() == 0 && value.is_cpu() && (input.dim() > 0 || (known && operand_dtype == dtype)) &&
       !at::isComplexType(value.scalar_type())) {

@@ -3,11 +3,12 @@
 
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/disable_torch_function.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_numbers.h>
 #include <torch/csrc/utils/python_arg_parser.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+
+#include <pybind11/gil_safe_call_once.h>
 
 #include <string>
 
@@ -97,12 +98,25 @@ bool take_scalar(PyObject* value, at::Scalar& out) {
     out = value == Py_True;
     return true;
   }
-  py::detail::make_caster<at::Scalar> caster;
-  if (!THPUtils_checkScalar(value) || !caster.load(value, /*convert=*/true)) {
-    return false;
+  if (PyLong_Check(value)) {
+    out = static_cast<int64_t>(THPUtils_unpackLong(value));
+    return true;
   }
-  out = py::detail::cast_op<at::Scalar>(caster);
-  return true;
+  if (PyFloat_Check(value)) {
+    out = PyFloat_AS_DOUBLE(value);
+    return true;
+  }
+  if (PyComplex_Check(value)) {
+    const Py_complex number = PyComplex_AsCComplex(value);
+    out = c10::complex<double>(number.real, number.imag);
+    return true;
+  }
+  if (torch::is_symint(py::handle(value)) || torch::is_symfloat(py::handle(value))) {
+    out = py::cast<at::Scalar>(py::handle(value));
+    return true;
+  }
+  // What is left of torch's numbers are NumPy's.
+  return THPUtils_checkScalar(value) && take_scalar(py::handle(value).attr("item")().ptr(), out);
 }
 
 [[noreturn]] void refuse(const Signature& signature, int i, PyObject* value) {
@@ -135,6 +149,18 @@ PyObject* call_override(const Signature& signature, PyObject* const* args, Py_ss
   return handler(signature.op.name, positionals, named).release().ptr();
 }
 
+bool overrides_torch_functions(PyObject* value) {
+  if (THPVariable_CheckExact(value) || PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value)) {
+    return false;
+  }
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> asks;
+  return asks
+      .call_once_and_store_result(
+          [] { return py::object(py::module_::import("torch.overrides").attr("has_torch_function_unary")); })
+      .get_stored()(py::handle(value))
+      .cast<bool>();
+}
+
 // Below this a thread switch costs more than the call.
 constexpr int64_t kReleaseGilFrom = 1 << 14;
 
@@ -145,9 +171,7 @@ PyObject* call_op(int index, PyObject* const* args, Py_ssize_t positional, PyObj
 
   bool overridden = at::impl::torch_function_mode_enabled();
   for (int i = 0; i < signature.count(); ++i) {
-    overridden = overridden ||
-        (values[i] != nullptr && !THPVariable_CheckExact(values[i]) && !PyFloat_CheckExact(values[i]) &&
-         torch::check_has_torch_function(values[i]));
+    overridden = overridden || (values[i] != nullptr && overrides_torch_functions(values[i]));
   }
   if (overridden) {
     return call_override(signature, args, positional, keywords);
