@@ -578,7 +578,6 @@ PyObject* unpack(PyObject*, PyObject* argument) {
   TORCH_CHECK_TYPE(Py_TYPE(argument) == saved_type, "guard_unpack takes what guard_pack returned");
   auto* entry = saved(argument);
   entry->unpacked_by = torch::autograd::get_current_node().get();
-  ++entry->unpacked;
   if (entry->versioned && version_of(entry->value) != entry->version) {
     PyObject* policy = entry->policy.get();
     TORCH_CHECK(
@@ -600,6 +599,7 @@ PyObject* unpack(PyObject*, PyObject* argument) {
       }
     }
   }
+  ++entry->unpacked;
   return THPVariable_Wrap(entry->value);
   END_HANDLE_TH_ERRORS
 }

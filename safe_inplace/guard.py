@@ -1,0 +1,637 @@
+"""guard: names every write to memory that autograd saved, at the line of the write, or makes it harmless.
+
+The watching is done in C++ (csrc/guard.cpp). This module is called only when there is something to decide: it knows what
+a hazard means, what to tell the user, and what to copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import os
+import re
+import sys
+import sysconfig
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from types import CodeType, TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from . import _C
+
+__all__ = ["HazardError", "HazardWarning", "Site", "guard"]
+
+OnHazard = Literal["raise", "warn", "copy"]
+Place = tuple[CodeType | None, int]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# ---- whose code a frame is
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_SITE = os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__)))
+_STDLIB = tuple({sysconfig.get_path("stdlib") + os.sep, sysconfig.get_path("platstdlib") + os.sep})
+_LIBRARIES = (
+    _PACKAGE + os.sep,
+    *(os.path.join(_SITE, name) + os.sep for name in ("torch", "functorch", "torchgen", "triton")),
+)
+_INSTALLED = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
+_COMPILED_REGION = os.path.join("_aot_autograd", "runtime_wrappers.py")
+
+
+def _is_user_code(code: CodeType) -> bool:
+    """Everything but torch, this package and the standard library. A model of timm or transformers is user's code: the
+    line inside it says more than the line that called the model."""
+    filename = code.co_filename
+    if filename.endswith(_COMPILED_REGION):
+        _say_once(
+            "compiled region",
+            "safe_inplace.guard: inside a compiled region only what it saves is known; what its kernels write is found "
+            "by the version counter, in backward, or by guard(verify=True).",
+        )
+    if filename.startswith(("<frozen ", "<eval_with_key>", *_LIBRARIES)):
+        return False
+    return not filename.startswith(_STDLIB) or any(part in filename for part in _INSTALLED)
+
+
+_C.guard_user_code(_is_user_code)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A line of the user's code."""
+
+    filename: str
+    lineno: int
+    function: str
+    source: str
+    columns: tuple[int, int] | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.filename}:{self.lineno}, in {self.function}"
+
+    @property
+    def expression(self) -> str:
+        """The part of the line that ran, as far as the interpreter knows it."""
+        return self.source[slice(*self.columns)] if self.columns else self.source
+
+
+def _site(place: Place) -> Site | None:
+    code, instruction = place
+    if code is None:
+        return None
+    lineno, end_lineno, column, end_column = next(
+        islice(code.co_positions(), max(instruction, 0) // 2, None), (None, None, None, None)
+    )
+    lineno = lineno or code.co_firstlineno
+    line = linecache.getline(code.co_filename, lineno)
+    source = line.strip()
+    columns = None
+    if column is not None and end_column is not None and end_lineno == lineno and source:
+        # The columns count bytes of UTF-8.
+        raw, indent = line.encode(), len(line) - len(line.lstrip())
+        begin = len(raw[:column].decode(errors="replace")) - indent
+        columns = (begin, begin + len(raw[column:end_column].decode(errors="replace")))
+    return Site(code.co_filename, lineno, code.co_qualname, source, columns)
+
+
+# ---- what is reported
+
+
+def _bytes_in_words(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+_INPLACE_OPERATOR = re.compile(r"^(?P<left>[^=]+?)\s*(?P<op>\*\*|//|<<|>>|[-+*/@%&|^])=\s*(?P<right>.+)$")
+_INPLACE_METHOD = re.compile(r"^(?P<left>[\w.\[\]]+)\.(?P<op>[a-z]\w*?)_\((?P<arguments>.*)\)$")
+
+
+def _out_of_place(source: str) -> str | None:
+    """The line written out of place, where it is one of the two common shapes."""
+    statement = source.split("  #")[0].rstrip()
+    if match := _INPLACE_OPERATOR.match(statement):
+        right = match["right"]
+        if not re.fullmatch(r"[\w.]+", right):
+            right = f"({right})"
+        return f"{match['left']} = {match['left']} {match['op']} {right}"
+    if (match := _INPLACE_METHOD.match(statement)) and ".data" not in match["left"]:
+        return f"{match['left']} = {match['left']}.{match['op']}({match['arguments']})"
+    return None
+
+
+@dataclass
+class Hazard:
+    """One pair of lines: a write and the save that it destroys. What happened again between the same lines is counted."""
+
+    kind: Literal["overwritten", "version", "unseen", "corrupted"]
+    mutation: Site | None
+    save: Site | None
+    op: str | None
+    saved_by: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    nbytes: int
+    used: bool = False
+    count: int = 0
+    bytes_copied: int = 0
+
+    @property
+    def remedies(self) -> list[str]:
+        write = self.mutation.source if self.mutation else ""
+        op = (self.op or "").removeprefix("aten.").split(".")[0]
+        advice: list[str] = []
+        if self.used:
+            advice.append(
+                "The graph has been through backward(retain_graph=True) already: where it is not needed again, drop "
+                "retain_graph and the saved value goes with it."
+            )
+        if self.kind == "corrupted":
+            return [
+                "Look between the save and backward for what writes without telling torch: NumPy or DLPack aliases, raw "
+                "pointers, custom kernels (Triton, ctypes).",
+                "Give the saving line a value of its own: clone() what that code writes to.",
+            ]
+        if self.kind == "unseen":
+            return [
+                "Put the code between this save and its backward under guard as well (guard is per thread): the write "
+                "is then named, too.",
+                "Save a value of its own: clone() at the line of the save.",
+            ]
+        optimizer = op.startswith(("_foreach", "_fused")) or re.search(r"\bstep\(", write) is not None
+        if optimizer:
+            advice.append("Run backward() before this step, or compute the forward again after it.")
+        elif rewritten := _out_of_place(write) or (self.mutation and _out_of_place(self.mutation.expression)):
+            advice.append(f"Write it out of place: {rewritten}")
+        elif "inplace=True" in write:
+            advice.append(f"Write it out of place: {write.replace('inplace=True', 'inplace=False')}")
+        elif "out=" in write:
+            advice.append("Leave out= away, or hand it memory that nothing has saved.")
+        elif op.startswith(("copy_", "fill_", "index_put_", "zero_")) and "=" in write:
+            advice.append("Assign into a clone (x = x.clone() before this line), or build the result with torch.where "
+                          "or torch.stack.")
+        elif op.endswith("batch_norm"):
+            advice.append("Run backward of the eval-mode forward before the next forward in train mode.")
+        elif op.endswith("_"):
+            advice.append(f"Use the out-of-place form, {op[:-1]}() (a module: inplace=False).")
+        else:
+            advice.append("Write to memory that nothing has saved.")
+        if self.kind == "version":
+            advice.append(
+                "The saved bytes are intact: torch counts versions for all views of one tensor together. Save a clone() "
+                "of the view, or collect the parts in a list and torch.stack them."
+            )
+        elif not optimizer and self.mutation != self.save:
+            saving = f" ({self.save.filename.rpartition(os.sep)[2]}:{self.save.lineno})" if self.save else ""
+            advice.append(
+                f"Or move the write before the save{saving}, or save a clone() there; detach() what needs no gradient."
+            )
+        advice.append(
+            f'Or let guard("copy") do it: it copies this value only, {_bytes_in_words(self.nbytes)} each time.'
+            if self.kind == "overwritten"
+            else 'Or guard("copy"), which lets such a write pass.'
+        )
+        return advice[:3]
+
+    def text(self, color: bool = False) -> str:
+        def paint(code: str, words: str) -> str:
+            return f"\x1b[{code}m{words}\x1b[0m" if color else words
+
+        headline = {
+            "overwritten": "a value needed for gradient computation is about to be modified by an inplace operation",
+            "version": "one of the variables needed for gradient computation has been modified by an inplace operation "
+            "(a write beside it, in the same base)",
+            "unseen": "one of the variables needed for gradient computation has been modified by an inplace operation "
+            "that ran outside the guard",
+            "corrupted": "a value needed for gradient computation changed, and no operator says that it wrote it",
+        }[self.kind]
+        lines = [paint("1;31", headline), ""]
+        for label, code, site, what in (
+            ("written", "1;31", self.mutation, self.op),
+            ("saved", "1;33", self.save, self.saved_by),
+        ):
+            if site is None:
+                continue
+            lines.append(f"  {paint(code, f'{label:<8}')}{paint('1', str(site))}   [{what}]")
+            number = f"{site.lineno} | "
+            lines.append(f"    {paint('2', number)}{site.source}")
+            if site.columns and site.expression != site.source:
+                begin, end = site.columns
+                lines.append("    " + " " * (len(number) + begin) + paint(code, "^" * (end - begin)))
+        device = f" on {self.device}" if self.device.type != "cpu" else ""
+        lines.append(
+            f"  {'value':<8}{str(self.dtype).removeprefix('torch.')}{list(self.shape)}{device}, {_bytes_in_words(self.nbytes)}"
+        )
+        lines += ["", *(f"  {number}. {remedy}" for number, remedy in enumerate(self.remedies, 1))]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        def site(value: Site | None) -> dict[str, Any] | None:
+            return value and {
+                "filename": value.filename,
+                "lineno": value.lineno,
+                "function": value.function,
+                "source": value.source,
+            }
+
+        return {
+            "kind": self.kind,
+            "mutation": site(self.mutation),
+            "save": site(self.save),
+            "op": self.op,
+            "saved_by": self.saved_by,
+            "shape": list(self.shape),
+            "dtype": str(self.dtype),
+            "device": str(self.device),
+            "count": self.count,
+            "bytes_copied": self.bytes_copied,
+            "remedies": self.remedies,
+        }
+
+
+def _wants_color(stream: Any) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+class _Report(Exception):
+    """What HazardError and HazardWarning have in common: the hazard's fields, and a text with both source lines."""
+
+    def __init__(self, hazard: Hazard) -> None:
+        super().__init__(hazard)
+        self.hazard = hazard
+        self.mutation = hazard.mutation
+        self.save = hazard.save
+        self.op = hazard.op
+        self.saved_by = hazard.saved_by
+        self.shape = hazard.shape
+        self.dtype = hazard.dtype
+        self.device = hazard.device
+        self.remedies = hazard.remedies
+
+    def __str__(self) -> str:
+        return self.hazard.text(color=_wants_color(sys.stderr))
+
+
+class HazardError(_Report, RuntimeError):
+    """A write would destroy (or, found in backward: has destroyed) a value that autograd saved.
+
+    ``mutation`` and ``save`` are the two lines, each a :class:`Site`; ``op`` wrote, ``saved_by`` saved; ``shape``,
+    ``dtype`` and ``device`` are the saved value's. ``mutation`` and ``op`` are None where nothing saw the write.
+    """
+
+
+class HazardWarning(_Report, UserWarning):
+    """The same as :class:`HazardError`, under ``guard("warn")``."""
+
+
+_said: set[str] = set()
+
+
+def _say_once(about: str, words: str) -> None:
+    if about not in _said:
+        _said.add(about)
+        warnings.warn(words, UserWarning, stacklevel=2)
+
+
+# ---- what torch has to be told
+
+
+def _let_higher_order_operators_pass() -> None:
+    """Higher-order operators refuse every dispatch key that they do not know."""
+    key = torch._C._parse_dispatch_key("TESTING_ONLY_GenericMode")
+    known = torch._ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS
+    if key not in known:
+        known.append(key)
+        for operator in torch._ops._higher_order_ops.values():
+            operator.fallthrough(key)
+
+
+class _FunctionTransforms:
+    """torch.func refuses to run below saved-tensor hooks. While a guard is open its hooks step aside for a transform."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = 0
+        self._torch_disable: Callable[[str], Any] | None = None
+
+    def enter(self) -> None:
+        with self._lock:
+            self._open += 1
+            if self._open == 1:
+                self._torch_disable = torch.autograd.graph.disable_saved_tensors_hooks
+                torch.autograd.graph.disable_saved_tensors_hooks = self._step_aside
+
+    def exit(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0:
+                torch.autograd.graph.disable_saved_tensors_hooks = self._torch_disable
+
+    @contextmanager
+    def _step_aside(self, error_message: str) -> Iterator[None]:
+        autograd = torch._C._autograd
+        ours = (_C.guard_pack, _C.guard_unpack)
+        aside = 0
+        while autograd._top_saved_tensors_default_hooks(True) == ours:
+            autograd._pop_saved_tensors_default_hooks()
+            aside += 1
+        if aside:
+            _say_once(
+                "torch.func",
+                "safe_inplace.guard: torch.func transforms allow no saved-tensor hooks, so what they save is not "
+                "judged; torch's own check holds for it.",
+            )
+        assert self._torch_disable is not None
+        try:
+            with self._torch_disable(error_message):
+                yield
+        finally:
+            for _ in range(aside):
+                autograd._push_saved_tensors_default_hooks(*ours)
+
+
+_function_transforms = _FunctionTransforms()
+
+
+def _short(operator: str) -> str:
+    return operator.replace("::", ".")
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that a traceable wrapper subclass is made of (DTensor, jagged nested tensors, ...)."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return
+    if not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
+        yield tensor
+        return
+    if not hasattr(tensor, "__tensor_flatten__"):
+        _say_once(
+            f"type {type(tensor)}",
+            f"safe_inplace.guard: {type(tensor).__name__} does not tell where its memory is; only its version is checked.",
+        )
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
+
+
+class guard:
+    """Names every write to memory that a live autograd node saved; context manager and decorator.
+
+    Args:
+        on_hazard: ``"raise"`` raises :class:`HazardError` at the write, before anything is written. ``"warn"`` issues a
+            :class:`HazardWarning` once per pair of lines and lets torch go on as ever. ``"copy"`` copies the saved value,
+            and only it, just before the write: backward is then right.
+        verify: also fingerprint each saved tensor, and compare before backward uses it. Finds writes that no operator
+            declares: NumPy, raw pointers, kernels that write where they should not.
+
+    A guard holds for the thread that entered it, and for the backward that this thread starts. What was saved under it is
+    checked in backward wherever that runs. Guards nest; the innermost decides.
+
+    ``hazards`` lists what was found, one :class:`Hazard` per pair of lines; ``hazards_seen`` and ``bytes_copied`` are the
+    totals.
+
+    >>> import torch, safe_inplace
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> with safe_inplace.guard("copy") as watched:
+    ...     h = x * 2
+    ...     y = h * h
+    ...     h.add_(1)
+    ...     y.sum().backward()
+    tensor([3., 3., 3.], grad_fn=<AddBackward0>)
+    >>> x.grad, watched.hazards_seen, watched.bytes_copied
+    (tensor([8., 8., 8.]), 1, 12)
+    """
+
+    def __init__(self, on_hazard: OnHazard = "raise", verify: bool = False) -> None:
+        if on_hazard not in ("raise", "warn", "copy"):
+            raise ValueError(f'guard: on_hazard must be "raise", "warn" or "copy", got {on_hazard!r}')
+        self.on_hazard = on_hazard
+        self.verify = verify
+        self._lock = threading.Lock()
+        self._hazards: dict[tuple[Any, ...], Hazard] = {}
+        self._entered = threading.local()
+        self._pending: list[tuple[Hazard, torch.Tensor]] = []
+
+    # -- as a context manager and decorator
+
+    def __enter__(self) -> guard:
+        _let_higher_order_operators_pass()
+        outer = _C.guard_enter(self)
+        _function_transforms.enter()
+        self._entered.__dict__.setdefault("stack", []).append(outer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _function_transforms.exit()
+        _C.guard_exit(self._entered.stack.pop())
+
+    def __call__(self, function: F) -> F:
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(
+                f"guard: {function.__qualname__} suspends, and the guard would then hold for whatever else the thread "
+                "runs; use `with guard():` around the code between two suspensions"
+            )
+
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return guarded  # type: ignore[return-value]
+
+    # -- what was found
+
+    @property
+    def hazards(self) -> list[Hazard]:
+        return list(self._hazards.values())
+
+    @property
+    def hazards_seen(self) -> int:
+        return sum(hazard.count for hazard in self._hazards.values())
+
+    @property
+    def bytes_copied(self) -> int:
+        return sum(hazard.bytes_copied for hazard in self._hazards.values())
+
+    def summary(self, color: bool = False) -> str:
+        """The hazards, the dearest first, one report each."""
+        if not self._hazards:
+            return "safe_inplace guard: no hazards"
+        hazards = sorted(self._hazards.values(), key=lambda hazard: (-hazard.bytes_copied, -hazard.count))
+        total = f"safe_inplace guard: {self.hazards_seen} hazard{'s' * (self.hazards_seen != 1)}"
+        total += f" between {len(hazards)} pair{'s' * (len(hazards) != 1)} of lines"
+        if self.bytes_copied:
+            total += f", {_bytes_in_words(self.bytes_copied)} copied"
+        paragraphs = [total]
+        for hazard in hazards:
+            times = f"{hazard.count} time{'s' * (hazard.count != 1)}"
+            if hazard.bytes_copied:
+                times += f", {_bytes_in_words(hazard.bytes_copied)} copied"
+            paragraphs.append(f"{times}: {hazard.text(color)}")
+        return "\n\n".join(paragraphs)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "on_hazard": self.on_hazard,
+            "verify": self.verify,
+            "hazards_seen": self.hazards_seen,
+            "bytes_copied": self.bytes_copied,
+            "hazards": [hazard.as_dict() for hazard in self._hazards.values()],
+        }
+
+    # -- called from csrc/guard.cpp
+
+    def _on_write(self, saved: list[_C.Saved], op: str, place: Place, written: torch.Tensor) -> None:
+        """`op` at `place` is about to overwrite these saved values."""
+        by_hazard: dict[int, tuple[Hazard, list[_C.Saved]]] = {}
+        for entry in saved:
+            hazard = self._find("overwritten", entry, op, place)
+            by_hazard.setdefault(id(hazard), (hazard, []))[1].append(entry)
+        copied: dict[tuple[Any, ...], torch.Tensor] = {}
+        for hazard, entries in by_hazard.values():
+            hazard.count += 1
+            if self.on_hazard == "copy":
+                for entry in entries:
+                    nbytes, before = entry.value.nbytes, len(copied)
+                    entry.replace(_private_copy(entry.value, copied))
+                    hazard.bytes_copied += nbytes if len(copied) > before else 0
+            elif self.on_hazard == "raise":
+                raise HazardError(hazard)
+            else:
+                for entry in entries:
+                    entry.note = (op, place)
+                    entry.release()
+                self._warn(hazard)
+
+    def _on_version(self, saved: list[_C.Saved], op: str, place: Place, written: torch.Tensor) -> None:
+        """`op` at `place` raised the version of these saved values and left their bytes as they were."""
+        for entry in saved:
+            if self.on_hazard == "copy":
+                entry.accept()
+            elif entry.note is None:
+                entry.note = (op, place)
+
+    def _on_stale(self, saved: _C.Saved) -> None:
+        """Backward asks for a value whose version has changed: what plain torch refuses."""
+        op, place = saved.note or (None, (None, -1))
+        hazard = self._hazards.get(_key("overwritten", saved, place))
+        if hazard is None:
+            hazard = self._find("unseen" if saved.note is None else "version", saved, op, place)
+            hazard.count += 1
+        raise HazardError(hazard)
+
+    def _on_mismatch(self, saved: _C.Saved) -> None:
+        """Backward asks for a value whose bytes have changed."""
+        hazard = self._find("corrupted", saved, None, (None, -1))
+        hazard.count += 1
+        if self.on_hazard == "warn":
+            saved.release()
+            self._warn(hazard)
+        else:
+            raise HazardError(hazard)
+
+    def _compare(self, saved: _C.Saved, then: torch.Tensor, now: torch.Tensor) -> None:
+        """The same on a device that works on its own: asked once, when backward is through, not at every value."""
+        self._pending.append((self._describe("corrupted", saved, None, (None, -1)), then != now))
+        if torch._C._current_graph_task_id() == -1:
+            self._settle()
+        elif len(self._pending) == 1:
+            torch.autograd.Variable._execution_engine.queue_callback(self._settle)
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, []
+        by_device: dict[torch.device, list[tuple[Hazard, torch.Tensor]]] = {}
+        for hazard, differs in pending:
+            by_device.setdefault(differs.device, []).append((hazard, differs))
+        found: list[Hazard] = []
+        for group in by_device.values():
+            flags = torch.stack([differs for _, differs in group]).tolist()
+            found += [hazard for (hazard, _), differs in zip(group, flags, strict=True) if differs]
+        counted = []
+        for hazard in found:
+            known = self._hazards.setdefault((hazard.kind, hazard.save, hazard.saved_by, hazard.shape), hazard)
+            known.count += 1
+            counted.append(known)
+        if counted and self.on_hazard != "warn":
+            raise HazardError(counted[0])
+        for hazard in counted:
+            self._warn(hazard)
+
+    @staticmethod
+    def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return list(_parts(tensor))
+
+    # -- the rest
+
+    def _describe(self, kind: str, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
+        value = saved.value
+        save = _site(saved.place)
+        saved_by = saved.op and _short(saved.op)
+        if saved_by is None:
+            # No operator was running: an autograd.Function, named as the line that called it does.
+            saved_by = save.expression.split("(")[0] if save else "autograd.Function"
+        return Hazard(
+            kind,
+            _site(place),
+            save,
+            op and _short(op),
+            saved_by,
+            tuple(value.shape),
+            value.dtype,
+            value.device,
+            value.nbytes if value.layout == torch.strided else value.numel() * value.element_size(),
+            used=saved.unpacked > 0 and kind in ("overwritten", "version"),
+        )
+
+    def _find(self, kind: str, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
+        key = _key(kind, saved, place)
+        with self._lock:
+            hazard = self._hazards.get(key)
+            if hazard is None:
+                hazard = self._hazards[key] = self._describe(kind, saved, op, place)
+        return hazard
+
+    def _warn(self, hazard: Hazard) -> None:
+        if hazard.count > 1:
+            return
+        site = hazard.mutation or hazard.save
+        if site is None:
+            warnings.warn(HazardWarning(hazard), stacklevel=2)
+        else:
+            warnings.warn_explicit(HazardWarning(hazard), None, site.filename, site.lineno)
+
+
+def _key(kind: str, saved: _C.Saved, place: Place) -> tuple[Any, ...]:
+    return (kind, place, saved.place)
+
+
+def _private_copy(value: torch.Tensor, copied: dict[tuple[Any, ...], torch.Tensor]) -> torch.Tensor:
+    """A copy of `value` in memory of its own. Values that occupy the very same bytes, such as a weight and its transpose,
+    share one."""
+    with torch.no_grad():
+        plain = type(value) is torch.Tensor and value.layout == torch.strided and not (value.is_conj() or value.is_neg())
+        if not (plain and torch.ops.aten.is_non_overlapping_and_dense(value)):
+            key = (id(value),)
+            copied[key] = value.clone()
+            return copied[key]
+        key = (value.data_ptr(), value.numel(), value.dtype)
+        flat = copied.get(key)
+        if flat is None:
+            flat = copied[key] = value.as_strided((value.numel(),), (1,), value.storage_offset()).clone()
+        return flat.as_strided(value.size(), value.stride(), 0)
