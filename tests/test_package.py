@@ -1,0 +1,157 @@
+"""The package as a user meets it: the command, the errors of an import that cannot work, the README's code."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import safe_inplace
+from safe_inplace import _build
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(safe_inplace.__file__).parent
+
+
+def run_python(*arguments: str, path: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=path, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def package_copy(tmp_path):
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "safe_inplace", ignore=ignored)
+    return tmp_path / "safe_inplace"
+
+
+def import_error(package: Path) -> str:
+    """The error of an import, as its last line: shows that it is an ImportError and one line long."""
+    result = run_python("-c", "import safe_inplace", path=package.parent)
+    assert result.returncode == 1
+    return result.stderr.splitlines()[-1]
+
+
+def test_env_says_what_was_built_for_what():
+    result = run_python("-m", "safe_inplace", "env", path=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
+    assert safe_inplace.__version__ in result.stdout
+    assert result.stdout.count(f"torch {torch.__version__}") == 2
+    cuda = _build.read_build().cuda
+    assert (f"built with CUDA {cuda}" if cuda else "not in this build") in result.stdout
+    if cuda:
+        assert ("not usable" in result.stdout) == (not torch.cuda.is_available())
+
+
+def test_command_without_arguments_says_what_it_can_do():
+    result = run_python("-m", "safe_inplace", path=PACKAGE.parent)
+    assert result.returncode == 2
+    assert "usage: python -m safe_inplace" in result.stderr and "env" in result.stderr
+
+
+def test_the_note_of_the_build_agrees_with_the_extension():
+    build, extension = _build.read_build(), safe_inplace._C.build_info()
+    assert (extension["torch"], extension["cuda"]) == (build.torch, build.cuda)
+
+
+def test_import_works_from_a_copy(package_copy):
+    """The twin of the tests below: what they break is what makes it fail."""
+    assert run_python("-c", "import safe_inplace", path=package_copy.parent).returncode == 0
+
+
+def test_import_under_another_torch_names_both(package_copy):
+    note = package_copy / "_build_info.py"
+    note.write_text(note.read_text().replace(repr(torch.__version__), "'2.11.9+other'"))
+    message = import_error(package_copy)
+    assert message.startswith("ImportError: safe_inplace was built for torch 2.11.9+other, ")
+    assert f"this is torch {torch.__version__}" in message and "pip install" in message
+
+
+def test_import_without_a_build_says_how_to_build(package_copy):
+    (package_copy / "_build_info.py").unlink()
+    message = import_error(package_copy)
+    assert message.startswith("ImportError: ") and "has not been built" in message and "pip install" in message
+
+
+def test_import_under_another_python_names_both(package_copy):
+    for extension in package_copy.glob("_C*.so"):
+        extension.rename(package_copy / "_C.cpython-310-x86_64-linux-gnu.so")
+    message = import_error(package_copy)
+    assert message.startswith("ImportError: ") and f"this is Python {sys.version_info.major}.{sys.version_info.minor}" in message
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_code_of_the_readme_runs():
+    names: dict[str, object] = {}
+    for block in readme_blocks():
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["x"].grad.shape == names["x"].shape
+
+
+def test_the_table_of_the_readme_lists_the_ops():
+    listed = re.findall(r"^\| `(\w+_)\(input, ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert listed == [row["name"] for row in safe_inplace._C.op_table()]
+
+
+class TestBuildThatCannotBeDone:
+    """Each says in one line why, and what to install."""
+
+    def build(self, tmp_path: Path, torch_package: str = "", **environment: str) -> str:
+        if torch_package:
+            (tmp_path / "torch").mkdir()
+            (tmp_path / "torch" / "__init__.py").write_text(torch_package)
+            environment["PYTHONPATH"] = str(tmp_path)
+        result = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+            env={**os.environ, **environment},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("safe_inplace cannot be built: ")]
+        return line.removeprefix("safe_inplace cannot be built: ")
+
+    def test_torch_out_of_range(self, tmp_path):
+        line = self.build(tmp_path, torch_package="__version__ = '2.9.1'")
+        assert line.startswith("torch 2.9.1 is outside") and "pip install 'torch>=" in line
+
+    def test_no_torch(self, tmp_path):
+        line = self.build(tmp_path, torch_package="raise ModuleNotFoundError(name='torch')")
+        assert line.startswith("torch is not installed") and "pip install 'torch>=" in line
+
+    def test_no_compiler(self, tmp_path):
+        line = self.build(tmp_path, CXX="no-such-compiler")
+        assert "no-such-compiler" in line and "install g++" in line
+
+    def test_misspelt_force(self, tmp_path):
+        assert "FORCE_CUDA is 'yes'" in self.build(tmp_path, FORCE_CUDA="yes")
+
+    @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
+    def test_cuda_forced_on_a_torch_without(self, tmp_path):
+        assert "was built without CUDA" in self.build(tmp_path, FORCE_CUDA="1")
+
+    @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+    def test_cuda_forced_without_nvcc(self, tmp_path):
+        line = self.build(tmp_path, FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
+        assert "nvcc was not found" in line and f"install the CUDA {torch.version.cuda} toolkit" in line
+
+    @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+    def test_nvcc_of_another_cuda(self, tmp_path):
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.148'\n")
+        nvcc.chmod(0o755)
+        line = self.build(tmp_path, FORCE_CUDA="", CUDA_HOME=str(tmp_path))
+        assert line.startswith("nvcc is of CUDA 9.2") and f"install the CUDA {torch.version.cuda} toolkit" in line
