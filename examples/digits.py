@@ -126,6 +126,7 @@ class Run:
     name: str
     model: Network
     optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
     losses: list[float] = field(default_factory=list)
     accuracy: float = float("nan")
     step_times: list[float] = field(default_factory=list)
@@ -188,6 +189,7 @@ def train(runs: list[Run], digits: Digits, options: argparse.Namespace, console:
             for _ in range(options.epochs):
                 for images, labels in digits.batches(options.batch_size, generator):
                     run.losses.append(run.step(images, labels))
+                    run.schedule.step()
                     progress.update(task, advance=1, loss=run.losses[-1])
             run.measure_accuracy(digits)
 
@@ -309,7 +311,8 @@ def plot(runs: list[Run], options: argparse.Namespace, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--learning-rate", type=float, default=6e-3, help="the highest of the cycle")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--depth", type=int, default=4, help="residual blocks")
@@ -335,7 +338,12 @@ def main() -> None:
     ):
         torch.manual_seed(options.seed)
         model = Network(ops, options.width, options.depth).to(device)
-        runs.append(Run(name, model, torch.optim.AdamW(model.parameters(), lr=2e-3)))
+        optimizer = torch.optim.AdamW(model.parameters())
+        steps = options.epochs * (len(digits.images) // options.batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=options.learning_rate, total_steps=steps + 1, pct_start=0.1
+        )
+        runs.append(Run(name, model, optimizer, schedule))
     train(runs, digits, options, console)
     measure(runs, digits, options, console)
     report(runs, options, console)
