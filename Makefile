@@ -56,9 +56,12 @@ test: $(BUILT) $(call extra,test) $(call extra,demo)
 	@$(PY) -m pytest $(ARGS)
 
 demo: $(BUILT) $(call extra,demo)
-	$(call say,the demo: the digits - then the modules of the in-place tutorials)
+	$(call say,the demo 1 of 3: training on digits with torch's ops and with these)
 	@KINETO_LOG_LEVEL=99 $(PY) -m examples.digits $(ARGS)
+	$(call say,the demo 2 of 3: the modules of the in-place tutorials)
 	@$(PY) -m examples.tutorial_modules
+	$(call say,the demo 3 of 3: what the guard says of a careless write)
+	@$(PY) -m examples.guard_report
 
 bench: $(BUILT) $(call extra,bench)
 	$(call say,the benchmarks - the short set)
