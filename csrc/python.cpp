@@ -226,6 +226,20 @@ py::list op_table() {
   return rows;
 }
 
+// setup.py knows these; beside the extension it leaves the same facts in _build_info.py, to be read without loading it.
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = SAFE_INPLACE_TORCH_VERSION;
+#ifdef SAFE_INPLACE_WITH_CUDA
+  info["cuda"] = SAFE_INPLACE_CUDA_VERSION;
+  info["cuda_archs"] = SAFE_INPLACE_CUDA_ARCHS;
+#else
+  info["cuda"] = py::none();
+  info["cuda_archs"] = py::none();
+#endif
+  return info;
+}
+
 template <class... Ops>
 void add_doors(PyObject* module, OpList<Ops...>) {
   static PyMethodDef methods[] = {
@@ -243,6 +257,7 @@ PYBIND11_MODULE(_C, m) {
   register_node_types();
   add_doors(m.ptr(), AllOps{});
   m.def("op_table", op_table);
+  m.def("build_info", build_info);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });
   if (!bind_guard(m.ptr())) {
     throw py::error_already_set();
