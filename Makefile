@@ -3,7 +3,8 @@
 # Each target sets up what it needs, in a virtual environment of its own per torch:
 #   TORCH=torch==2.14.1 make test     another torch (any requirement pip understands)
 #   TORCH=installed make test         no virtual environment and no download: what $(PYTHON) has
-#   VENV=somewhere, PYTHON=python3.12, FORCE_CUDA=0|1, TORCH_CUDA_ARCH_LIST="9.0", MAX_JOBS=4
+#   VENV=somewhere, PYTHON=python3.12, FORCE_CUDA=0|1, TORCH_CUDA_ARCH_LIST="9.0"
+#   MAX_JOBS=4                        compilers, and processes of pytest, at a time; as many as there are cores by default
 #   ARGS="-k mul_ -x"                 more arguments for pytest, the demo or the benchmarks
 
 SHELL := bash
@@ -53,7 +54,7 @@ help:
 test: $(BUILT) $(call extra,test) $(call extra,demo)
 	$(call say,tests of safe_inplace on $(TORCH))
 	@$(PY) -m safe_inplace env
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(MAX_JOBS) --dist worksteal $(ARGS)
 
 demo: $(BUILT) $(call extra,demo)
 	$(call say,the demo 1 of 3: training on digits with torch's ops and with these)

@@ -1,0 +1,115 @@
+"""The demo does what it says: the tests look at what its runs found, not at what it prints about them."""
+
+import argparse
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+import safe_inplace
+
+pytest.importorskip("sklearn", reason="the demo's digits are scikit-learn's")
+pytest.importorskip("matplotlib")
+
+from examples import digits, guard_report, tutorial_modules
+
+QUIET = Console(quiet=True)
+
+
+def make_runs(depth: int, dtype: torch.dtype, steps: int) -> list[digits.Run]:
+    runs = []
+    for name, ops in (
+        ("torch", digits.out_of_place),
+        ("safe_inplace", safe_inplace),
+        ("torch, addcmul", digits.out_of_place_fused),
+    ):
+        torch.manual_seed(0)
+        model = digits.Network(ops, width=8, depth=depth).to(dtype)
+        optimizer = torch.optim.AdamW(model.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps + 1)
+        runs.append(digits.Run(name, model, optimizer, schedule))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def small_digits():
+    data = digits.Digits.load(seed=0, device=torch.device("cpu"))
+    return digits.Digits(data.images[:320], data.labels[:320], data.held_out_images, data.held_out_labels)
+
+
+def test_training_is_the_same_to_rounding(small_digits):
+    options = argparse.Namespace(epochs=3, batch_size=64, seed=0)
+    data = digits.Digits(
+        small_digits.images.double(), small_digits.labels, small_digits.held_out_images.double(), small_digits.held_out_labels
+    )
+    runs = make_runs(depth=2, dtype=torch.float64, steps=15)
+    digits.train(runs, data, options, QUIET)
+    torch_run, ours, _ = runs
+    assert len(ours.losses) == 15 and ours.losses[-1] < ours.losses[0]
+    torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(torch_run.losses), rtol=1e-10, atol=0)
+
+
+def test_measurements_and_plot(small_digits, tmp_path):
+    options = argparse.Namespace(epochs=2, batch_size=64, seed=0, timed_steps=2, depth=1, width=8)
+    runs = make_runs(depth=1, dtype=torch.float32, steps=10)
+    digits.train(runs, small_digits, options, QUIET)
+    digits.measure(runs, small_digits, options, QUIET)
+    torch_run, ours, _ = runs
+    # In place changes no value that backward needs, and makes no result of its own.
+    assert 0 < ours.saved_bytes <= torch_run.saved_bytes
+    assert ours.saved_bytes < max(ours.memory) <= max(torch_run.memory)
+    assert all(len(run.step_times) == 2 for run in runs)
+    digits.report(runs, options, QUIET)
+    digits.plot(runs, options, tmp_path / "digits.png")
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+EXPECTED = {
+    # title, operation, operand, leaf: what happens
+    ("A write to the input", "add_", "1", True): "refused at the write",
+    ("A write to the input", "add_", "1", False): "right gradients",
+    ("A write to the input", "mul_", "w", False): "right gradients",
+    ("Read the input, then write to it", "add_", "1", False): "right gradients",
+    ("Read the input, then write to it", "mul_", "3", False): "right gradients",
+    ("Read the input, then write to it", "mul_", "w", True): "refused at the write",
+    ("Read the input, then write to it", "mul_", "w", False): "refused in backward",
+    ("Read the input, then write to a clone", "mul_", "w", True): "right gradients",
+    ("Read a clone, then write to that clone", "mul_", "w", True): "refused in backward",
+}
+
+
+@pytest.mark.parametrize("library", ["torch", "safe_inplace"])
+@pytest.mark.parametrize("title, operation, operand, leaf", EXPECTED)
+def test_tutorial_modules(library, title, operation, operand, leaf):
+    modules = {
+        name: tutorial_modules.compile_module(tutorial_modules.BODIES[title], operation, operand, name)
+        for name in (library, "out of place")
+    }
+    outcome = tutorial_modules.run(modules[library], modules["out of place"], leaf)
+    assert outcome.what == EXPECTED[title, operation, operand, leaf]
+
+
+def test_a_wrong_gradient_would_be_called_wrong():
+    body = "x.data.mul_(w)\nreturn x * w"
+    wrong = tutorial_modules.compile_module(body, "mul_", "w", "torch")
+    reference = tutorial_modules.compile_module("return x * w", "mul_", "w", "out of place")
+    assert tutorial_modules.run(wrong, reference, leaf=False).what == "WRONG GRADIENTS"
+
+
+def test_tutorial_walk_runs(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tutorial_modules"])
+    tutorial_modules.main()
+    printed = capsys.readouterr().out
+    cases = len(tutorial_modules.BODIES) * len(tutorial_modules.OPERANDS) * 2
+    assert printed.count("safe_inplace: the same") == cases
+    assert "WRONG" not in printed
+
+
+def test_guard_report(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["guard_report"])
+    guard_report.main()
+    printed = capsys.readouterr().out
+    assert "x = self.ops.addcmul_(x, self.layer_scale, h)" in printed
+    assert "h = self.space(self.norm(x).relu())" in printed
+    assert re.search(r"^  0 hazards$", printed, re.MULTILINE)
