@@ -1,0 +1,199 @@
+// Loads and stores of a thread: how the elements of a vector come into registers and leave them. Loads only fetch bits;
+// converting them waits until every load of the thread has been issued.
+#pragma once
+
+#include "tiles.h"
+
+#if !defined(__CUDACC__)
+#include <stdexcept>
+#endif
+
+namespace safe_inplace::tiles {
+
+SI_INLINE void check_alignment([[maybe_unused]] const void* address, [[maybe_unused]] int bytes) {
+#if !defined(__CUDACC__)
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    throw std::logic_error("misaligned access in a simulated CUDA kernel");
+  }
+#endif
+}
+
+SI_INLINE void load_16_bytes(const char* address, uint32_t* words) {
+  check_alignment(address, 16);
+#if defined(__CUDA_ARCH__)
+  const uint4 bits = *reinterpret_cast<const uint4*>(address);
+  words[0] = bits.x;
+  words[1] = bits.y;
+  words[2] = bits.z;
+  words[3] = bits.w;
+#else
+  memcpy(words, address, 16);
+#endif
+}
+
+SI_INLINE void store_16_bytes(char* address, const uint32_t* words) {
+  check_alignment(address, 16);
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<uint4*>(address) = make_uint4(words[0], words[1], words[2], words[3]);
+#else
+  memcpy(address, words, 16);
+#endif
+}
+
+// The bits of V elements of T, or of float where `Mixed` lets a stream be wide.
+template <class T, int V, bool Mixed>
+struct Bits {
+  static constexpr int size = Mixed ? V : (V * int(sizeof(T)) + 3) / 4;
+  uint32_t words[size];
+};
+
+template <class T>
+SI_INLINE T element_of(const uint32_t* words, int j) {
+  if constexpr (sizeof(T) == 2) {
+    return T{uint16_t(words[j / 2] >> (16 * (j % 2)))};
+  } else {
+    constexpr int n = sizeof(T) / 4;
+    T value;
+    memcpy(&value, words + j * n, sizeof value);
+    return value;
+  }
+}
+
+template <class T>
+SI_INLINE void put_element(uint32_t* words, int j, T value) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t bits = value.bits;
+    words[j / 2] = j % 2 == 0 ? bits : words[j / 2] | bits << 16;
+  } else {
+    constexpr int n = sizeof(T) / 4;
+    memcpy(words + j * n, &value, sizeof value);
+  }
+}
+
+template <class T>
+SI_INLINE T load_element(const void* data, uint64_t offset) {
+  const T* address = static_cast<const T*>(data) + offset;
+  check_alignment(address, sizeof(T));
+  return *address;
+}
+
+template <class T>
+SI_INLINE void store_element(void* data, uint64_t offset, T value) {
+  T* address = static_cast<T*>(data) + offset;
+  check_alignment(address, sizeof(T));
+  *address = value;
+}
+
+template <class T, int V, class M>
+SI_INLINE void fetch_as(const Stream<M>& stream, uint64_t offset, uint32_t* words) {
+  if (V > 1 && stream.mode == Mode::Vector) {
+    const char* address = static_cast<const char*>(stream.data) + offset * sizeof(T);
+    SI_UNROLL
+    for (int b = 0; b < V * int(sizeof(T)) / 16; ++b) {
+      load_16_bytes(address + 16 * b, words + 4 * b);
+    }
+  } else if (V == 1 || stream.mode == Mode::Same) {
+    put_element(words, 0, load_element<T>(stream.data, offset));
+  } else {
+    SI_UNROLL
+    for (int j = 0; j < V; ++j) {
+      put_element(words, j, load_element<T>(stream.data, offset + j * stream.step));
+    }
+  }
+}
+
+template <class T, int V, bool Mixed, class M>
+SI_INLINE void fetch(const Stream<M>& stream, uint64_t offset, Bits<T, V, Mixed>& bits) {
+  if constexpr (Mixed) {
+    if (stream.wide) {
+      fetch_as<float, V>(stream, offset, bits.words);
+      return;
+    }
+  }
+  fetch_as<T, V>(stream, offset, bits.words);
+}
+
+// Brings what was fetched into one form, whatever the mode: V elements of T, or V floats where `Mixed`. After it the
+// elements are taken one by one, which costs fewer registers than a converted copy of every vector. A number has no
+// place among the elements of a 16-bit T: such launches are Mixed.
+template <class T, int V, bool Mixed, class M>
+SI_INLINE void settle(const Stream<M>& stream, Bits<T, V, Mixed>& bits) {
+  if (stream.mode == Mode::Number) {
+    if constexpr (sizeof(T) > 2) {
+      SI_UNROLL
+      for (int j = 0; j < V; ++j) {
+        put_element(bits.words, j, stream.number);
+      }
+    } else if constexpr (Mixed) {
+      SI_UNROLL
+      for (int j = 0; j < V; ++j) {
+        put_element(bits.words, j, stream.number);
+      }
+    }
+    return;
+  }
+  if constexpr (Mixed) {
+    if (!stream.wide) {
+      // From the end: a float takes the place of two elements.
+      const T same = element_of<T>(bits.words, 0);
+      SI_UNROLL
+      for (int j = V - 1; j >= 0; --j) {
+        put_element(bits.words, j, float(widen(stream.mode == Mode::Same ? same : element_of<T>(bits.words, j))));
+      }
+    } else if (V > 1 && stream.mode == Mode::Same) {
+      SI_UNROLL
+      for (int j = 1; j < V; ++j) {
+        bits.words[j] = bits.words[0];
+      }
+    }
+  } else if (V > 1 && stream.mode == Mode::Same) {
+    const T same = element_of<T>(bits.words, 0);
+    SI_UNROLL
+    for (int j = 0; j < V; ++j) {
+      put_element(bits.words, j, same);
+    }
+  }
+}
+
+template <class T, int V, bool Mixed>
+SI_INLINE Math<T> settled(const Bits<T, V, Mixed>& bits, int j) {
+  if constexpr (Mixed) {
+    return element_of<float>(bits.words, j);
+  } else {
+    return widen(element_of<T>(bits.words, j));
+  }
+}
+
+template <class T, int V, class M>
+SI_INLINE void store_as(const Stream<M>& stream, uint64_t offset, const M (&values)[V]) {
+  if (V > 1 && stream.mode == Mode::Vector) {
+    uint32_t words[V * sizeof(T) / 4 > 0 ? V * sizeof(T) / 4 : 1];
+    SI_UNROLL
+    for (int j = 0; j < V; ++j) {
+      put_element(words, j, narrow<T>(values[j]));
+    }
+    char* address = static_cast<char*>(stream.data) + offset * sizeof(T);
+    SI_UNROLL
+    for (int b = 0; b < V * int(sizeof(T)) / 16; ++b) {
+      store_16_bytes(address + 16 * b, words + 4 * b);
+    }
+  } else {
+    SI_UNROLL
+    for (int j = 0; j < V; ++j) {
+      store_element(stream.data, offset + j * stream.step, narrow<T>(values[j]));
+    }
+  }
+}
+
+template <class T, int V, class M>
+SI_INLINE void store(const Stream<M>& stream, uint64_t offset, const M (&values)[V]) {
+  if constexpr (kMayMix<T>) {
+    if (stream.wide) {
+      store_as<float, V>(stream, offset, values);
+      return;
+    }
+  }
+  store_as<T, V>(stream, offset, values);
+}
+
+} // namespace safe_inplace::tiles

@@ -1,0 +1,14 @@
+// The entry points of a dtype. Each is compiled in a file of its own, so that a build uses its processors.
+#pragma once
+
+#include "../plan.h"
+
+namespace safe_inplace::tiles {
+
+template <class T>
+void cuda_forward(const ForwardPlan& plan);
+
+template <class T>
+void cuda_backward(const BackwardPlan& plan);
+
+} // namespace safe_inplace::tiles

@@ -1,0 +1,145 @@
+// Many instances, each run on a few thousand elements: compiling them well would take longer than all tests.
+#pragma GCC optimize("O1")
+
+#include "cuda/simulate.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "cuda/run.h"
+#include "device.h"
+
+namespace safe_inplace {
+
+namespace {
+
+std::mutex mutex;
+Simulation current;
+std::vector<SimulatedLaunch> launches;
+std::optional<DeviceKernels> cpu_kernels;
+
+class HostLauncher {
+ public:
+  HostLauncher() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    simulation_ = current;
+  }
+
+  int64_t index_limit() const {
+    return simulation_.index_limit;
+  }
+
+  template <class Kernel>
+  void map(const typename Kernel::Params& params, int64_t blocks, const tiles::Trace& trace) {
+    record(blocks, trace);
+    each(blocks, [&](uint32_t block) {
+      each(tiles::kThreads, [&](uint32_t thread) { Kernel::run(params, block, thread); });
+    });
+  }
+
+  template <class Kernel>
+  void reduce(const typename Kernel::Params& params, int64_t blocks, const tiles::Trace& trace) {
+    record(blocks, trace);
+    const auto shared = std::make_unique<typename Kernel::Shared>();
+    each(blocks, [&](uint32_t block) {
+      // NaN in every format: what is read must have been written.
+      std::memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);
+      each(tiles::kThreads, [&](uint32_t thread) { Kernel::accumulate(params, block, thread, *shared); });
+      for (uint32_t distance = Kernel::first_step(params); distance > 0; distance /= 2) {
+        each(tiles::kThreads, [&](uint32_t thread) { Kernel::step(params, block, thread, distance, *shared); });
+      }
+      each(tiles::kThreads, [&](uint32_t thread) { Kernel::write(params, block, thread, *shared); });
+    });
+  }
+
+  void zero(void* data, int64_t bytes) {
+    std::memset(data, 0, size_t(bytes));
+  }
+
+  struct Workspace {
+    std::unique_ptr<char[]> memory;
+    void* data() const {
+      return memory.get();
+    }
+  };
+  Workspace workspace(int64_t bytes) {
+    Workspace workspace{std::make_unique<char[]>(size_t(bytes))};
+    std::memset(workspace.data(), 0xff, size_t(bytes));
+    return workspace;
+  }
+
+ private:
+  template <class Function>
+  void each(int64_t count, Function&& function) const {
+    for (int64_t i = 0; i < count; ++i) {
+      function(uint32_t(simulation_.reversed ? count - 1 - i : i));
+    }
+  }
+
+  void record(int64_t blocks, const tiles::Trace& trace) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    launches.push_back({trace.kernel, trace.vector, trace.index_bits, blocks, trace.workspace});
+  }
+
+  Simulation simulation_;
+};
+
+template <class Function>
+void with_dtype(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::Half:
+      return function(Half{});
+    case DType::BFloat16:
+      return function(BFloat16{});
+    case DType::Float:
+      return function(float{});
+    case DType::Double:
+      return function(double{});
+    case DType::ComplexFloat:
+      return function(Complex<float>{});
+    case DType::ComplexDouble:
+      return function(Complex<double>{});
+  }
+}
+
+void forward(const ForwardPlan& plan) {
+  HostLauncher launcher;
+  with_dtype(plan.dtype, [&](auto tag) { tiles::run_forward<decltype(tag)>(plan, launcher); });
+}
+
+void backward(const BackwardPlan& plan) {
+  HostLauncher launcher;
+  with_dtype(plan.dtype, [&](auto tag) { tiles::run_backward<decltype(tag)>(plan, launcher); });
+}
+
+} // namespace
+
+void start_simulation(const Simulation& simulation) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!cpu_kernels) {
+    cpu_kernels = *device_kernels(c10::DeviceType::CPU);
+  }
+  current = simulation;
+  launches.clear();
+  RegisterDevice(c10::DeviceType::CPU, {forward, backward});
+}
+
+void stop_simulation() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (cpu_kernels) {
+    RegisterDevice(c10::DeviceType::CPU, *cpu_kernels);
+  }
+}
+
+std::vector<SimulatedLaunch> take_simulated_launches() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return std::exchange(launches, {});
+}
+
+} // namespace safe_inplace
