@@ -523,6 +523,7 @@ class guard:
         """`op` at `place` raised the version of these saved values and left their bytes as they were."""
         for entry in saved:
             if self.on_hazard == "copy":
+                self._find("version", entry, op, place).count += 1
                 entry.accept()
             elif entry.note is None:
                 entry.note = (op, place)
@@ -534,6 +535,8 @@ class guard:
         if hazard is None:
             hazard = self._find("unseen" if saved.note is None else "version", saved, op, place)
             hazard.count += 1
+            if self.on_hazard == "warn":
+                self._warn(hazard)
         raise HazardError(hazard)
 
     def _on_mismatch(self, saved: _C.Saved) -> None:
