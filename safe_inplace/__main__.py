@@ -1,4 +1,4 @@
-"""python -m safe_inplace env: what was built, for what, and what of it works here."""
+"""python -m safe_inplace env: what was built, for what, and what of it works here. run: a program under guard."""
 
 import argparse
 import platform
@@ -8,6 +8,7 @@ import torch
 
 from . import __version__
 from ._build import PACKAGE, read_build
+from ._run import add_arguments
 
 
 def cuda_in_words() -> str:
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True)
     command = commands.add_parser("env", help="say what was built, for what, and what of it works here")
     command.set_defaults(run=env)
+    add_arguments(commands.add_parser("run", help="run an unchanged program under guard"))
     options = parser.parse_args(arguments)
     return options.run(options)
 
