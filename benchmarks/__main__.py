@@ -1,0 +1,149 @@
+"""python -m benchmarks [run] | targets | report | calls
+
+run       measures, writes the result file of this device and torch, and renews plots and the README's tables
+targets   measures what the targets are stated for and prints target and measured side by side
+report    makes the plots and the README's tables from the result files
+calls     what one call costs, in time or, with --callgrind, in instructions
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# The profiler, which counts the memory, announces each of its sessions otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tests.op_table import BY_NAME
+
+from . import calls, models, report, results, targets
+from .cases import LAYOUTS, MODES, Case, default_cases, full_cases, target_cases
+from .results import Row
+from .runner import Effort, run
+
+COMMANDS = ("run", "targets", "report", "calls")
+SIZES = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def size(text: str) -> int:
+    digits = text.rstrip("KMGiBkmgb")
+    return int(digits) * SIZES[text[len(digits) :].upper()]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
+        arguments = ["run", *arguments]
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = argparse.ArgumentParser(add_help=False)
+    measuring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    measuring.add_argument("--rounds", type=int, default=Effort.rounds, help="turns of each implementation")
+    measuring.add_argument("--seconds", type=float, default=Effort.seconds, help="of each turn, at least")
+    measuring.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    measuring.add_argument("--output", type=Path, help="the result file; a narrowed run writes none without it")
+    narrowing = measuring.add_argument_group("narrow down what is measured")
+    narrowing.add_argument("--ops", nargs="+", choices=list(BY_NAME))
+    narrowing.add_argument("--layouts", nargs="+", choices=list(LAYOUTS))
+    narrowing.add_argument("--dtypes", nargs="+", help="as float32 bfloat16")
+    narrowing.add_argument("--sizes", nargs="+", type=size, help="bytes of the input, as 64 256KiB 128MiB")
+    narrowing.add_argument("--modes", nargs="+", choices=list(MODES), metavar="MODE", help="; ".join(MODES))
+    runner = commands.add_parser("run", parents=[measuring], help="measure and write the results")
+    runner.add_argument("--full", action="store_true", help="every op, layout, dtype, size and mode: hours")
+    runner.add_argument("--no-models", action="store_true", help="leave the model blocks out")
+    aims = commands.add_parser("targets", parents=[measuring], help="measured beside the targets")
+    aims.add_argument("--from", dest="source", type=Path, help="judge this result file instead of measuring")
+    aims.add_argument("--all", action="store_true", help="each figure, not each promise")
+    commands.add_parser("report", help="plots and the README's tables from the result files")
+    one = commands.add_parser("calls", help="the cost of one call")
+    one.add_argument("--callgrind", action="store_true", help="count instructions; minutes for each op")
+    one.add_argument("--ops", nargs="+", choices=list(BY_NAME), default=list(BY_NAME))
+    return parser.parse_args(arguments)
+
+
+def narrow(cases: list[Case], options: argparse.Namespace) -> list[Case]:
+    def within(value, chosen) -> bool:
+        return not chosen or value in chosen
+
+    return [
+        case
+        for case in cases
+        if within(case.op.name, options.ops)
+        and within(case.layout.name, options.layouts)
+        and within(str(case.dtype).removeprefix("torch."), options.dtypes)
+        and within(case.size, options.sizes)
+        and within(case.mode.name, options.modes)
+    ]
+
+
+def is_narrowed(options: argparse.Namespace) -> bool:
+    return any((options.ops, options.layouts, options.dtypes, options.sizes, options.modes, options.no_compile))
+
+
+def measure(cases: list[Case], stacks: list, options: argparse.Namespace, console: Console) -> list[Row]:
+    effort = Effort(options.rounds, options.seconds, not options.no_compile)
+    device = torch.device(options.device)
+    rows: list[Row] = []
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("warming up", total=len(cases) + len(stacks))
+        for found in run(cases, stacks, device, effort, full=getattr(options, "full", False)):
+            rows += found
+            progress.update(task, advance=1, description=f"{found[0].op:12s} {found[0].layout}")
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    if options.command == "report":
+        for path in report.write():
+            console.print(path)
+        return 0
+    if options.command == "calls":
+        console.print(calls.report([BY_NAME[name] for name in options.ops], options.callgrind))
+        return 0
+    device = torch.device(options.device)
+    if options.command == "targets":
+        if options.source:
+            about, rows = results.read(options.source)
+        else:
+            about, rows = results.provenance(device), measure(narrow(target_cases(device), options), [], options, console)
+        console.print(about)
+        console.print(report.targets_table(rows, device.type == "cpu", every=options.all))
+        return 0
+    cases = narrow((full_cases if options.full else default_cases)(device), options)
+    stacks = [] if options.no_models or is_narrowed(options) else models.for_device(device)
+    # What was measured is what was there at the start.
+    about = results.provenance(device)
+    rows = measure(cases, stacks, options, console)
+    console.print(report.rows_table(rows))
+    console.print(report.targets_table(rows, device.type == "cpu"))
+    whole = not is_narrowed(options) and not options.no_models
+    path = options.output or (results.RESULTS / results.file_name(about) if whole else None)
+    if path:
+        results.write(path, about, rows)
+        console.print(f"written: {path}")
+        if path.parent.resolve() == results.RESULTS:
+            for made in report.write():
+                console.print(f"written: {made}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""The implementations that are measured side by side, each made from the op's row of the table."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from .cases import Case
+
+IN_PLACE, OUT_OF_PLACE = "torch in place", "torch out of place"
+COMPILED, COMPILED_IN_PLACE = "torch.compile", "torch.compile in place"
+TRITON, OURS = "triton", "safe_inplace"
+ORDER = [IN_PLACE, OUT_OF_PLACE, COMPILED, COMPILED_IN_PLACE, TRITON, OURS]
+
+Function = Callable[..., torch.Tensor]
+
+
+def torch_in_place(case: Case) -> Function:
+    """torch's own method where there is one, else the two calls that people write."""
+    if case.op.torch_method and (case.layout.has_tensors or len(case.op.operands) == 1):
+        return getattr(torch.Tensor, case.op.torch_method)
+    return case.op.two_step
+
+
+def torch_out_of_place(case: Case) -> Function:
+    if case.op.torch_method and (case.layout.has_tensors or len(case.op.operands) == 1):
+        return getattr(torch, case.op.torch_method.removesuffix("_"))
+    return case.op.reference
+
+
+def compiled(function: Function) -> Function:
+    """Compiled for exactly these shapes, as a training loop would have it."""
+    return torch.compile(lambda *arguments: function(*arguments), fullgraph=True, dynamic=False)
+
+
+def compiler_works(device: torch.device) -> bool:
+    return device.type == "cuda" or shutil.which("g++") is not None
+
+
+def implementations(case: Case, device: torch.device, compile: bool = True) -> dict[str, Function]:
+    found = {IN_PLACE: torch_in_place(case), OUT_OF_PLACE: torch_out_of_place(case)}
+    if compile and case.compiled and compiler_works(device):
+        # Every case compiles the same few code objects; their caches would overflow into eager without a word.
+        torch.compiler.reset()
+        found[COMPILED] = compiled(found[OUT_OF_PLACE])
+        if not case.mode.grad:
+            found[COMPILED_IN_PLACE] = compiled(found[IN_PLACE])
+    if device.type == "cuda" and torch.cuda.is_available() and not case.mode.grad:
+        from .triton_kernels import elementwise
+
+        found[TRITON] = partial(elementwise, case)
+    found[OURS] = case.op.function
+    return found

@@ -1,0 +1,348 @@
+"""Tables and plots, made from rows and from nothing else."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+from rich.table import Table as RichTable
+from rich.text import Text
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from tests.op_table import OPS
+
+from . import targets
+from .cases import CALL, LAYOUTS, RECORDED, TRAINING
+from .implementations import COMPILED, COMPILED_IN_PLACE, IN_PLACE, ORDER, OURS, OUT_OF_PLACE
+from .results import RESULTS, ROOT, Row, Table, read, result_files
+
+README = ROOT / "README.md"
+DETAILS = RESULTS / "README.md"
+BEGIN, END = "<!-- benchmarks: written by python -m benchmarks, not by hand -->", "<!-- /benchmarks -->"
+
+RIVALS = [IN_PLACE, OUT_OF_PLACE, COMPILED]
+# Okabe and Ito's colours, told apart by every eye; ours is the strongest.
+COLORS = {
+    IN_PLACE: "#0072B2",
+    OUT_OF_PLACE: "#56B4E9",
+    COMPILED: "#E69F00",
+    COMPILED_IN_PLACE: "#CC79A7",
+    "triton": "#009E73",
+    OURS: "#D55E00",
+}
+MARKERS = {IN_PLACE: "o", OUT_OF_PLACE: "s", COMPILED: "D", COMPILED_IN_PLACE: "P", "triton": "v", OURS: "o"}
+
+
+def bytes_text(size: float) -> str:
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.4g} {unit}"
+    return f"{size:.0f} B"
+
+
+def seconds_text(seconds: float) -> str:
+    for unit, factor in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def rows_table(rows: list[Row]) -> RichTable:
+    """Every case: our time, and how many times faster we are than each rival; losses in red."""
+    table = RichTable(title="How many times faster than torch, in place, out of place and compiled", title_justify="left")
+    for column in ("op", "layout", "mode"):
+        table.add_column(column)
+    for column in ("time", "share", "in place", "out of", "compiled", "peak", "torch's"):
+        table.add_column(column, justify="right", no_wrap=True)
+    found = Table(rows)
+    group = None
+    for case, by in found.cases.items():
+        row = by[OURS]
+        if (row.dtype, row.size, row.mode) != group:
+            group = row.dtype, row.size, row.mode
+            table.add_section()
+            table.add_row(Text(f"{row.dtype}, {bytes_text(row.size)}", style="bold"))
+        cells = []
+        for rival in RIVALS:
+            ratio = found.ratio(rival, OURS, *case)
+            style = "" if ratio is None or ratio >= 1 else "red"
+            cells.append(Text("" if ratio is None else f"{ratio:.2f}", style=style))
+        peaks = [bytes_text(by[who].peak) for who in (OURS, OUT_OF_PLACE)]
+        share = "" if row.share is None else f"{row.share:.2f}"
+        table.add_row(row.op, row.layout, row.mode, seconds_text(row.p50), share, *cells, *peaks)
+    return table
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.2f}"
+
+
+def target_rows(rows: list[Row], on_cpu: bool, every: bool = False) -> list[list[str]]:
+    verdicts = targets.judge(rows, on_cpu)
+    if every:
+        return [
+            [v.promise, f"{'≤' if v.at_most else '≥'} {number(v.target)}", number(v.measured), v.what, yes_no(v.met)]
+            for v in verdicts
+        ]
+    return [
+        [
+            s.promise,
+            f"{'≤' if s.at_most else '≥'} {number(s.target)}",
+            number(s.median),
+            f"{number(s.worst.measured)} ({s.worst.what})",
+            f"{s.met} of {s.of}",
+        ]
+        for s in targets.summarize(verdicts)
+    ]
+
+
+def yes_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def targets_table(rows: list[Row], on_cpu: bool, every: bool = False) -> RichTable:
+    table = RichTable(title="Targets", title_justify="left")
+    names = ("promise", "target", "measured", "of", "met") if every else ("promise", "target", "median", "worst", "met")
+    for name in names:
+        table.add_column(name)
+    for cells in target_rows(rows, on_cpu, every):
+        table.add_row(*cells)
+    return table
+
+
+def markdown(header: list[str], body: list[list[str]], right: int = 1) -> str:
+    align = ["---" if i < right else "---:" for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *body))
+
+
+def ratios(table: Table, *case) -> str:
+    found = [table.ratio(rival, OURS, *case) for rival in RIVALS]
+    return " / ".join("–" if r is None else f"{r:.2f}" for r in found) if any(found) else "–"
+
+
+def largest_forward(rows: list[Row]) -> int:
+    return max((r.size for r in rows if r.mode == "forward" and r.share), default=0)
+
+
+TRAINED = [m for m in TRAINING if m.timed == "forward+backward"]
+
+
+def per_op(rows: list[Row]) -> str:
+    table, size = Table(rows), largest_forward(rows)
+    body = [
+        [
+            f"`{op.name}`",
+            ratios(table, op.name, "full", "float32", CALL, RECORDED.name),
+            ratios(table, op.name, "full", "float32", size, "forward"),
+            ratios(table, op.name, "last_dim_vector", "float32", size, "forward"),
+            ratios(table, op.name, "last_dim_vector", "float32", size, TRAINED[-1].name),
+        ]
+        for op in OPS
+    ]
+    large = bytes_text(size)
+    header = ["", "one call, 16 elements", f"forward, {large}", "the same, vectors", "forward + backward, trained vectors"]
+    return markdown(header, body)
+
+
+def per_model(rows: list[Row]) -> str:
+    table = Table(rows)
+    body = []
+    for case, by in table.cases.items():
+        if case[4] == "step":
+            ours, theirs = by[OURS], by[OUT_OF_PLACE]
+            body.append(
+                [
+                    case[0],
+                    seconds_text(theirs.p50),
+                    seconds_text(ours.p50),
+                    f"{theirs.p50 / ours.p50:.2f}",
+                    bytes_text(theirs.peak),
+                    bytes_text(ours.peak),
+                ]
+            )
+    header = ["forward + backward", "step, torch", "step, ours", "times faster", "peak memory, torch", "peak memory, ours"]
+    return markdown(header, body) if body else ""
+
+
+def about_text(about: dict[str, str]) -> str:
+    extension = f"extension {about['extension']}, " if "extension" in about else ""
+    return (
+        f"{about['device']}; torch {about['torch']}, Python {about['python']}, commit {about['commit']}, "
+        f"{extension}{about['date']}: `{about['command']}`"
+    )
+
+
+def plot_names(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f"{path.stem}-share.png"), path.with_name(f"{path.stem}-ratio.png")
+
+
+def summary(path: Path) -> str:
+    """A result file's part of the README."""
+    about, rows = read(path)
+    share, ratio = (p.relative_to(ROOT) if p.is_relative_to(ROOT) else p for p in plot_names(path))
+    parts = [
+        f"**{about_text(about)}**",
+        "Times faster than torch in place / torch out of place / `torch.compile`, float32:",
+        per_op(rows),
+        per_model(rows),
+        f"![Ratio to torch, per op]({ratio})",
+        f"![Share of copy bandwidth against size]({share})",
+    ]
+    return "\n\n".join(p for p in parts if p)
+
+
+def readme_section(folder: Path = RESULTS) -> str:
+    files = result_files(folder)
+    if not files:
+        return "No results yet: `make bench` measures."
+    every = "Each promise, and every figure behind it: [benchmarks/results](benchmarks/results/README.md)."
+    return "\n\n".join([*(summary(path) for path in files), every])
+
+
+def details(folder: Path = RESULTS) -> str:
+    """The page beside the result files: targets and the whole forward and training tables."""
+    parts = ["# Results", "Written by `python -m benchmarks report` from the result files here."]
+    for path in result_files(folder):
+        about, rows = read(path)
+        on_cpu = about["kind"] == "cpu"
+        body = target_rows(rows, on_cpu)
+        parts += [
+            f"## {about['device']}, torch {about['torch']}",
+            f"[{path.name}]({path.name}). {about_text(about)}",
+            "### What was promised",
+            markdown(["promise", "target", "median", "worst", "met"], body),
+            "### Every case",
+            "Our time, its share of the copy bandwidth measured beside it, how many times faster than torch in place / "
+            "torch out of place / `torch.compile`, and the peak of memory, ours and torch's out of place.",
+            cases_markdown(rows),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def cases_markdown(rows: list[Row]) -> str:
+    table = Table(rows)
+    body = []
+    for case, by in table.cases.items():
+        ours = by[OURS]
+        share = "" if ours.share is None else f"{ours.share:.2f}"
+        peaks = f"{bytes_text(ours.peak)}, {bytes_text(by[OUT_OF_PLACE].peak)}"
+        cells = [ours.op, ours.layout, ours.dtype, bytes_text(ours.size), ours.mode, seconds_text(ours.p50), share]
+        body.append([*cells, ratios(table, *case), peaks])
+    header = ["op", "layout", "dtype", "size", "mode", "time", "share", "times faster", "peak"]
+    return markdown(header, body, right=5)
+
+
+def insert(text: str, section: str) -> str:
+    """The text with the section between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the README lacks the markers {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+
+
+def plot_share(path: Path, out: Path) -> None:
+    about, rows = read(path)
+    layouts = ["full", "last_dim_vector"]
+    figure, axes = plt.subplots(
+        len(layouts), len(OPS), figsize=(14, 5.6), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    forward = [r for r in rows if r.mode == "forward" and r.dtype == "float32" and r.share]
+    for line, layout in zip(axes, layouts, strict=True):
+        for axis, op in zip(line, OPS, strict=True):
+            for who in ORDER:
+                points = sorted((r.size, r.share) for r in forward if (r.op, r.layout) == (op.name, layout)
+                                and r.implementation == who)
+                if points:
+                    style = {"linewidth": 2.2, "zorder": 3} if who == OURS else {"linewidth": 1.2}
+                    axis.plot(*zip(*points, strict=True), color=COLORS[who], marker=MARKERS[who], markersize=4,
+                              label=who, **style)
+            axis.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=10)
+            axis.grid(True, color="0.92")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_title(f"{op.name}  {layout.replace('_', ' ')}", fontsize=10, loc="left")
+            axis.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([64, 4096, 1 << 18, 1 << 24, 1 << 30]))
+            axis.xaxis.set_major_formatter(lambda value, _: bytes_text(value).replace("i", "").replace(" ", ""))
+            axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for axis in axes[-1]:
+        axis.set_xlabel("input, bytes")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("bytes/s over the copy's")
+    finish(figure, axes, f"Forward, float32: share of the copy bandwidth past the cache.  {title(about)}", out)
+
+
+def plot_ratio(path: Path, out: Path) -> None:
+    about, rows = read(path)
+    table, size = Table(rows), largest_forward(rows)
+    training = [("last_dim_vector", m) for m in TRAINED]
+    lines = [("one call, grad on", ("full", CALL, RECORDED.name))]
+    lines += [(name.replace("_", " "), (name, size, "forward")) for name in LAYOUTS]
+    for layout, mode in training:
+        lines.append((f"train: {'trained' if mode.trainable else 'frozen'} vectors, {mode.holder}'s gradient",
+                      (layout, size, mode.name)))
+    figure, axes = plt.subplots(1, len(OPS), figsize=(14, 5.2), sharey=True, sharex=True, layout="constrained")
+    axes = axes.reshape(1, -1)
+    for axis, op in zip(axes[0], OPS, strict=True):
+        for height, (_, (layout, bytes_, mode)) in enumerate(reversed(lines)):
+            found = {r: table.ratio(r, OURS, op.name, layout, "float32", bytes_, mode) for r in RIVALS}
+            values = [v for v in found.values() if v]
+            if values:
+                axis.plot([min([1, *values]), max([1, *values])], [height, height], color="0.88", zorder=1)
+            for rival, value in found.items():
+                if value:
+                    axis.scatter(value, height, color=COLORS[rival], marker=MARKERS[rival], s=30, zorder=3, label=rival)
+        axis.axvline(1, color="0.3", linewidth=1)
+        axis.axvspan(1e-3, 1, color="#D55E00", alpha=0.05)
+        axis.axhline(len(TRAINED) - 0.5, color="0.8", linewidth=0.8)
+        axis.axhline(len(lines) - 1.5, color="0.8", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.set_title(op.name, fontsize=10, loc="left")
+        axis.grid(True, axis="x", color="0.92")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    drawn = [v for r in RIVALS for case in table.cases if (v := table.ratio(r, OURS, *case)) and case[4] != "step"
+             and case[2] == "float32" and case[3] in (CALL, size)]
+    if drawn:
+        axes[0, 0].set_xlim(2 ** math.floor(math.log2(min(drawn))), 2 ** math.ceil(math.log2(max(drawn))))
+    axes[0, 0].set_yticks(range(len(lines)), [name for name, _ in reversed(lines)])
+    figure.supxlabel("times faster than", fontsize=10)
+    finish(figure, axes, f"safe_inplace beside torch, float32, {bytes_text(size)}.  {title(about)}", out)
+
+
+def title(about: dict[str, str]) -> str:
+    return f"{about['device']}; torch {about['torch']}"
+
+
+def finish(figure, axes, heading: str, out: Path) -> None:
+    handles = {}
+    for axis in axes.flat:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    ordered = [who for who in ORDER if who in handles]
+    figure.suptitle(heading, fontsize=11, x=0.01, ha="left")
+    if ordered:
+        figure.legend([handles[w] for w in ordered], ordered, loc="outside lower center", ncols=len(ordered),
+                      frameon=False)
+    # Without a date or a version inside, the same rows make the same file.
+    figure.savefig(out, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def write(folder: Path = RESULTS, readme: Path = README) -> list[Path]:
+    """Makes everything that is made from the result files, and tells what it wrote."""
+    made = []
+    for path in result_files(folder):
+        share, ratio = plot_names(path)
+        plot_share(path, share)
+        plot_ratio(path, ratio)
+        made += [share, ratio]
+    (folder / DETAILS.name).write_text(details(folder))
+    readme.write_text(insert(readme.read_text(), readme_section(folder)))
+    return [*made, folder / DETAILS.name, readme]

@@ -1,0 +1,139 @@
+"""Rows, and the file they are kept in: one per device and torch version."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import safe_inplace
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times in seconds, sizes in bytes. `copy` is the reference's bytes per second beside this very case."""
+
+    op: str
+    layout: str
+    dtype: str
+    size: int
+    mode: str
+    implementation: str
+    p20: float
+    p50: float
+    p80: float
+    samples: int
+    bytes: int | None
+    copy: float | None
+    share: float | None
+    peak: int | None
+    saved: int | None
+
+    @property
+    def case(self) -> tuple:
+        return self.op, self.layout, self.dtype, self.size, self.mode
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", text, re.MULTILINE))
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if not re.search(r"\d", name) and "model" in facts:
+        name += f" family {facts['cpu family']} model {facts['model']}"
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str:
+    """The commit, and whether anything but result files differed from it when the extension was measured."""
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "unknown"
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    return f"{head}-dirty" if changed else head
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    extension = Path(safe_inplace._C.__file__)
+    return {
+        "kind": device.type,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "python": platform.python_version(),
+        "commit": commit(),
+        "extension": hashlib.sha256(extension.read_bytes()).hexdigest()[:12],
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def file_name(about: dict[str, str]) -> str:
+    slug = re.sub(r"[^a-z0-9.]+", "-", f"{about['device']} torch {about['torch'].split('+')[0]}".lower())
+    return slug.strip("-") + ".csv"
+
+
+def write(path: Path, about: dict[str, str], rows: list[Row]) -> None:
+    """The whole file, or nothing of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        file.write(f"# {json.dumps(about)}\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+    partial.replace(path)
+
+
+def read(path: Path) -> tuple[dict[str, str], list[Row]]:
+    kinds = {"str": str, "int": int, "float": float, "int | None": int, "float | None": float}
+    convert = {f.name: kinds[f.type] for f in fields(Row)}
+    with path.open(newline="") as file:
+        about = json.loads(file.readline().removeprefix("# "))
+        rows = [
+            Row(**{k: None if v == "" else convert[k](v) for k, v in record.items()}) for record in csv.DictReader(file)
+        ]
+    return about, rows
+
+
+def result_files(folder: Path = RESULTS) -> list[Path]:
+    return sorted(folder.glob("*.csv"))
+
+
+class Table:
+    """Rows by case and implementation."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.cases: dict[tuple, dict[str, Row]] = {}
+        for row in rows:
+            self.cases.setdefault(row.case, {})[row.implementation] = row
+
+    def get(self, implementation: str, *case) -> Row | None:
+        return self.cases.get(case, {}).get(implementation)
+
+    def ratio(self, implementation: str, rival: str, *case) -> float | None:
+        """Time of the implementation over the rival's: below one, the implementation is faster."""
+        one, other = self.get(implementation, *case), self.get(rival, *case)
+        return one.p50 / other.p50 if one and other else None
