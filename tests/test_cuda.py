@@ -1,0 +1,215 @@
+"""What only a CUDA device shows: streams, graphs, devices. Collected where there is one."""
+
+import pytest
+import torch
+
+from .checks import assert_bit_equal
+from .layouts import random_tensor
+from .op_table import OPS
+
+op_ids = {"ids": lambda op: op.name}
+
+pytestmark = pytest.mark.cuda
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+
+@pytest.fixture(params=OPS, **op_ids)
+def op(request):
+    return request.param
+
+
+def tensors(op, shape=(1024, 513), operand=(513,), dtype=torch.float32):
+    values = [random_tensor(shape, dtype, "cuda")]
+    values += [random_tensor(operand, dtype, "cuda") for _ in op.operands]
+    return values
+
+
+def expected_grads(op, values, grad):
+    leaves = [v.detach().clone().requires_grad_() for v in values]
+    return torch.autograd.grad(op.out_of_place(leaves[0] * 1, *leaves[1:]), leaves, grad)
+
+
+def test_runs_on_the_current_stream(op):
+    """Work queued before the op on a side stream is waited for; what follows waits for it."""
+    stream = torch.cuda.Stream()
+    values = tensors(op)
+    expected = op.out_of_place(values[0] * 2, *values[1:]) + 1
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        input = values[0] * 2
+        op.function(input, *values[1:])
+        result = input + 1
+    stream.synchronize()
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_on_several_streams(op):
+    """Forward on two streams, backward on the engine's threads; delays in every gap."""
+    leaves = [v.requires_grad_() for v in tensors(op)]
+    grad = torch.randn(1024, 513, device="cuda")
+    expected = expected_grads(op, leaves, grad)
+    for _ in range(5):
+        first, second = torch.cuda.Stream(), torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        first.wait_stream(current)
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(5_000_000)
+            input = leaves[0] * 1
+            op.function(input, *leaves[1:])
+        second.wait_stream(first)
+        with torch.cuda.stream(second):
+            torch.cuda._sleep(5_000_000)
+            output = input * 1
+            held = output.sin()
+        current.wait_stream(second)
+        torch.cuda._sleep(5_000_000)
+        grads = torch.autograd.grad(output, leaves, grad.clone())
+        for actual, right in zip(grads, expected):
+            torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-2)
+        del held
+
+
+def test_a_gradient_read_on_another_stream_is_not_overwritten(op):
+    """A consumer on a side stream still reads the gradient while backward goes on."""
+    leaves = [v.requires_grad_() for v in tensors(op)]
+    side = torch.cuda.Stream()
+    copies = []
+    input = leaves[0] * 1
+    op.function(input, *leaves[1:])
+
+    def copy_later(grad):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            copies.append(grad.clone())
+        grad.record_stream(side)
+
+    input.register_hook(copy_later)
+    grad = torch.randn(1024, 513, device="cuda")
+    (input * grad).sum().backward()
+    torch.cuda.synchronize()
+    assert_bit_equal(copies[0], grad)
+
+
+def test_graph_capture_of_forward(op):
+    values = tensors(op)
+    start = values[0].clone()
+    expected = op.function(start.clone(), *values[1:])
+    op.function(values[0].clone(), *values[1:])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op.function(values[0], *values[1:])
+    for _ in range(3):
+        values[0].copy_(start)
+        graph.replay()
+        assert_bit_equal(values[0], expected)
+
+
+def test_graph_capture_of_forward_and_backward(op):
+    """A whole step is captured; replays see new inputs and give their gradients."""
+    leaves = [v.requires_grad_() for v in tensors(op)]
+    grad = torch.randn(1024, 513, device="cuda")
+
+    def step():
+        return torch.autograd.grad(op.function(leaves[0] * 1, *leaves[1:]), leaves, grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.copy_(torch.randn_like(leaf))
+        expected = step()
+        graph.replay()
+        for actual, right in zip(captured, expected):
+            assert_bit_equal(actual, right)
+
+
+def test_graph_trees(op):
+    """`mode="reduce-overhead"`: outputs live in a pool that the next run overwrites."""
+    leaves = [v.requires_grad_() for v in tensors(op)]
+    compiled = torch.compile(lambda x: x.sin() * 2, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        result = op.function(compiled(leaves[0]).clone(), *leaves[1:])
+        grads = torch.autograd.grad(result.pow(2).sum(), leaves)
+        plain = op.out_of_place(leaves[0].sin() * 2, *leaves[1:])
+        expected = torch.autograd.grad(plain.pow(2).sum(), leaves)
+        for actual, right in zip(grads, expected):
+            torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-2)
+
+
+def test_cpu_scalar_beside_cuda_input(op):
+    values = tensors(op)
+    numbers = [torch.tensor(0.5) for _ in op.operands]
+    expected = op.out_of_place(values[0], *numbers)
+    torch.testing.assert_close(op.function(values[0], *numbers), expected)
+
+
+def test_no_synchronization(op):
+    leaves = [v.requires_grad_() for v in tensors(op)]
+    grad = torch.ones(1024, 513, device="cuda")
+    torch.autograd.grad(op.function(leaves[0] * 1, *leaves[1:]), leaves, grad)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(op.function(leaves[0] * 1, *leaves[1:]), leaves, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_peak_memory_of_backward(op):
+    """The engine's gradient is reused: no full-size tensor beside it."""
+    leaf, *operands = tensors(op, shape=(4096, 1024), operand=(1024,))
+    full = leaf.numel() * leaf.element_size()
+    leaf.requires_grad_()
+    for operand in operands:
+        operand.requires_grad_()
+    input = leaf * 1
+    op.function(input, *operands)
+    grad = torch.randn_like(leaf)
+    total = (input * grad).sum()
+    del input
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    total.backward()
+    # the product's own gradient, then leaf.grad, are one and the same memory
+    assert torch.cuda.max_memory_allocated() - before < 2 * full
+
+
+def test_same_bits_as_the_cpu(op):
+    """One formula for both devices: element-wise results agree to the last bit or ulp."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        values = tensors(op, dtype=dtype)
+        cpu = op.function(values[0].cpu(), *[v.cpu() for v in values[1:]])
+        cuda = op.function(values[0], *values[1:])
+        torch.testing.assert_close(
+            cuda.cpu(), cpu, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps
+        )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_not_the_current_device(op):
+    values = [v.to("cuda:1").requires_grad_() for v in tensors(op)]
+    grad = torch.ones(1024, 513, device="cuda:1")
+    grads = torch.autograd.grad(op.function(values[0] * 1, *values[1:]), values, grad)
+    for actual, right in zip(grads, expected_grads(op, values, grad)):
+        torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-2)
+
+
+def test_other_cuda_device_is_refused(op):
+    input = torch.randn(2, 3, device="cuda")
+    before = input.clone()
+    with pytest.raises(RuntimeError, match="same device"):
+        op.function(input, *[torch.ones(3)] * len(op.operands))
+    assert torch.equal(input, before) and input._version == 0

@@ -1,0 +1,122 @@
+"""The differential test in slices, and the proof that it sees what it is there to see."""
+
+import os
+
+import pytest
+import torch
+
+from . import fuzz
+from .op_table import OPS
+
+PROGRAMS = int(os.environ.get("SAFE_INPLACE_FUZZ_PROGRAMS", 20_000))
+SEED = int(os.environ.get("SAFE_INPLACE_FUZZ_SEED", 0))
+SLICES = 40
+
+
+@pytest.mark.parametrize("part", range(SLICES))
+def test_programs(part):
+    indices = range(part * PROGRAMS // SLICES, (part + 1) * PROGRAMS // SLICES)
+    ends = fuzz.fuzz(SEED, indices)
+    assert sum(ends.values()) == len(indices)
+
+
+def test_programs_end_in_every_way():
+    """Most agree, some are refused by both, some have an answer that only ours finds."""
+    ends = fuzz.fuzz("ends", range(600))
+    assert ends["agree"] > 300
+    assert ends["both refuse"] > 10
+    assert ends["only torch refuses"] > 0
+
+
+def test_generator_is_reproducible():
+    for index in range(50):
+        assert str(fuzz.generate(f"0:{index}")) == str(fuzz.generate(f"0:{index}"))
+    assert len({str(fuzz.generate(f"0:{index}")) for index in range(50)}) == 50
+
+
+def sabotaged(name, function):
+    return {op.name: op.function for op in OPS} | {name: function}
+
+
+def wrong_formula(input, scale, shift):
+    return OPS_BY_NAME["mul_add_"](input, shift, scale)
+
+
+def forgotten_version(input, scale, shift):
+    with torch.no_grad():
+        OPS_BY_NAME["mul_add_"](input.data, scale, shift)
+    return input
+
+
+def forgotten_gradient(input, scale, shift):
+    scale = scale.detach() if isinstance(scale, torch.Tensor) else scale
+    return OPS_BY_NAME["mul_add_"](input, scale, shift)
+
+
+def saved_after_the_write(input, scale, shift):
+    """The gradient of `scale` from the new input in place of the old one."""
+    return Late.apply(input, scale, shift)
+
+
+def refuses_too_much(input, scale, shift):
+    if isinstance(scale, torch.Tensor) and scale.dim() == 0:
+        raise RuntimeError("no scalars")
+    return OPS_BY_NAME["mul_add_"](input, scale, shift)
+
+
+def writes_then_refuses(input, scale, shift):
+    if isinstance(scale, torch.Tensor) and input.requires_grad and input.is_leaf:
+        input.data.zero_()
+    return OPS_BY_NAME["mul_add_"](input, scale, shift)
+
+
+def writes_the_callers_gradient(input, scale, shift):
+    OPS_BY_NAME["mul_add_"](input, scale, shift)
+    if input.requires_grad and input.grad_fn is not None:
+        input.register_hook(lambda grad: grad.mul_(1.5))
+    return input
+
+
+class Late(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, scale, shift):
+        OPS_BY_NAME["mul_add_"](input, scale, shift)
+        ctx.mark_dirty(input)
+        ctx.saved = input.detach().clone(), scale, shift
+        return input
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, scale, shift = ctx.saved
+        number = not isinstance(scale, torch.Tensor)
+        of_scale = None if number else (grad * input).sum_to_size(scale.shape)
+        of_shift = grad.sum_to_size(shift.shape) if isinstance(shift, torch.Tensor) else None
+        return grad * scale, of_scale, of_shift
+
+
+OPS_BY_NAME = {op.name: op.function for op in OPS}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        wrong_formula,
+        forgotten_version,
+        forgotten_gradient,
+        saved_after_the_write,
+        refuses_too_much,
+        writes_then_refuses,
+        writes_the_callers_gradient,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_the_fuzz_finds(broken):
+    with pytest.raises(fuzz.Disagreement, match="reproduce: python -m tests.fuzz"):
+        fuzz.fuzz("broken", range(2000), sabotaged("mul_add_", broken))
+
+
+def test_command_line(capsys):
+    assert fuzz.main(["--programs", "20", "--seed", "3"]) == 0
+    assert "agree" in capsys.readouterr().out
+    assert fuzz.main(["--only", "7"]) == 0
+    assert str(fuzz.generate("0:7")) in capsys.readouterr().out
