@@ -20,7 +20,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/autograd/node.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
@@ -311,7 +311,8 @@ PyObject* current_policy() { // borrowed, with the GIL
   if (!at::impl::ThreadLocalPythonObjects::contains(kPolicy)) {
     return nullptr;
   }
-  return at::impl::ThreadLocalPythonObjects::get(kPolicy)->ptr(getPyInterpreter());
+  PyObject* policy = at::impl::ThreadLocalPythonObjects::get(kPolicy)->ptr(getPyInterpreter());
+  return policy != Py_None ? policy : nullptr;
 }
 
 Object operator_name(const c10::OperatorName& name) {
@@ -742,11 +743,10 @@ PyObject* exit(PyObject*, PyObject* outer) {
   at::SavedTensorDefaultHooks::pop_hooks();
   if (outer == Py_None) {
     c10::impl::tls_set_dispatch_key_included(kKey, false);
-    at::impl::ThreadLocalPythonObjects::erase(kPolicy);
-  } else {
-    at::impl::ThreadLocalPythonObjects::set(
-        kPolicy, std::make_shared<c10::SafePyObject>(share(outer).release(), getPyInterpreter()));
   }
+  // None where there is no outer policy: the entry itself cannot be erased before torch 2.13.
+  at::impl::ThreadLocalPythonObjects::set(
+      kPolicy, std::make_shared<c10::SafePyObject>(share(outer).release(), getPyInterpreter()));
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
