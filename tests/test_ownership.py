@@ -20,33 +20,21 @@ def op(request):
     return request.param
 
 
-class Source(torch.autograd.Function):
-    """Its backward hands a fresh gradient to the engine and keeps nothing but the address."""
-
-    @staticmethod
-    def forward(ctx, x, grad, log):
-        ctx.grad, ctx.log = grad, log
-        return x.sum()
-
-    @staticmethod
-    def backward(ctx, _):
-        grad = ctx.grad.clone()
-        ctx.log["incoming"] = grad.data_ptr()
-        return grad, None, None
-
-
 class Sink(torch.autograd.Function):
-    """Records where the gradient that arrives here lies."""
+    """Ends the graph without memory of its own."""
 
     @staticmethod
-    def forward(ctx, x, log):
-        ctx.log = log
+    def forward(ctx, x):
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.log["outgoing"] = grad.data_ptr()
-        return None, None
+        return None
+
+
+def weighted(input, grad):
+    """A loss whose backward hands one fresh tensor, the product's gradient, to the engine."""
+    return (input * grad).sum()
 
 
 class Copying(torch.autograd.Function):
@@ -82,56 +70,41 @@ def check_grads(op, leaf, operands, grad, names=None):
             torch.testing.assert_close(tensor.grad, expected[id(tensor)], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("trainable", [True, False])
-@pytest.mark.parametrize("operand_shape", [(512,), (256, 1), (), SHAPE], ids=str)
-def test_the_engines_gradient_becomes_the_inputs_gradient(op, operand_shape, trainable):
-    log = {}
+SHAPES = pytest.mark.parametrize("operand_shape", [(512,), (256, 1), ()], ids=str)
+TRAINABLE = pytest.mark.parametrize("trainable", [True, False])
+
+
+@TRAINABLE
+@SHAPES
+def test_no_full_size_tensor_for_the_engines_gradient(op, operand_shape, trainable):
+    """The incoming gradient becomes the input's; the operands' are reduced on the way."""
     leaf, operands = make(op, operand_shape, trainable)
-    input = Sink.apply(leaf, log)
+    input = Sink.apply(leaf)
     op.function(input, *operands)
     grad = torch.randn(SHAPE)
-    total = Source.apply(input, grad, log)
-    total.backward()
-    if trainable and operand_shape == SHAPE and op.name == "add_":
-        # the same values go to two owners: one of them takes the memory
-        assert log["outgoing"] is not None
-    else:
-        assert log["outgoing"] == log["incoming"]
+    total = weighted(input, grad)
+    with Memory() as memory:
+        total.backward()
+    assert len(memory.allocations(FULL)) == 1, "more than the product's own gradient"
+    assert memory.peak < FULL + FULL // 2
     check_grads(op, leaf, operands, grad)
 
 
-def backward_peak(op, operand_shape, trainable, hold):
-    """Extra memory of our node alone, above the gradient that arrives."""
-    log = {}
-    leaf, operands = make(op, operand_shape, trainable)
-    input = Sink.apply(leaf, log)
-    op.function(input, *operands)
-    grad = torch.randn(SHAPE)
-    if hold:
-        with Memory() as memory:
-            input.backward(grad)
-        return memory, 0
-    total = Source.apply(input, grad, log)
-    with Memory() as memory:
-        total.backward()
-    return memory, FULL
-
-
-@pytest.mark.parametrize("trainable", [True, False])
-@pytest.mark.parametrize("operand_shape", [(512,), (256, 1), ()], ids=str)
-def test_no_full_size_tensor_for_the_engines_gradient(op, operand_shape, trainable):
-    memory, source = backward_peak(op, operand_shape, trainable, hold=False)
-    assert len(memory.allocations(FULL)) == 1, "more than the source's own gradient"
-    assert memory.peak < source + FULL // 2
-
-
-@pytest.mark.parametrize("trainable", [True, False])
-@pytest.mark.parametrize("operand_shape", [(512,), (256, 1), ()], ids=str)
+@TRAINABLE
+@SHAPES
 def test_one_full_size_tensor_for_a_callers_gradient(op, operand_shape, trainable):
     """`backward(grad)`: the caller may look at `grad` afterwards, so it is not written."""
-    memory, _ = backward_peak(op, operand_shape, trainable, hold=True)
+    leaf, operands = make(op, operand_shape, trainable)
+    input = Sink.apply(leaf)
+    op.function(input, *operands)
+    grad = torch.randn(SHAPE)
+    before = grad.clone()
+    with Memory() as memory:
+        input.backward(grad)
     passes_on = op.name in ("add_", "addcmul_")
     assert len(memory.allocations(FULL)) <= (0 if passes_on else 1)
+    assert_bit_equal(grad, before)
+    check_grads(op, leaf, operands, grad)
 
 
 @pytest.mark.parametrize("name", ["mul_", "mul_add_", "add_mul_"])
@@ -142,14 +115,13 @@ def test_a_saved_copy_becomes_the_gradient_computed_from_it(name):
     scale = random_tensor(SHAPE, torch.float32).requires_grad_()
     fixed = torch.randn(SHAPE[1:])
     operands = {"mul_": [scale], "mul_add_": [scale, fixed], "add_mul_": [fixed, scale]}[name]
-    log = {}
-    input = Sink.apply(leaf, log)
+    input = Sink.apply(leaf)
     op.function(input, *operands)
     grad = torch.randn(SHAPE)
-    total = Source.apply(input, grad, log)
+    total = weighted(input, grad)
     with Memory() as memory:
         total.backward()
-    assert len(memory.allocations(FULL)) == 1, "more than the source's own gradient"
+    assert len(memory.allocations(FULL)) == 1, "more than the product's own gradient"
     check_grads(op, leaf, operands, grad)
 
 
@@ -291,9 +263,7 @@ def test_kept_graph_reads_its_saved_values_again(op, operand_shape):
     leaf, operands = make(op, operand_shape)
     tensors = [leaf, *operands]
     grad = torch.randn(SHAPE)
-    log = {}
-    input = leaf * 1
-    total = Source.apply(op.function(input, *operands), grad, log)
+    total = weighted(op.function(leaf * 1, *operands), grad)
     first = torch.autograd.grad(total, tensors, retain_graph=True)
     before = [g.clone() for g in first]
     second = torch.autograd.grad(total, tensors, retain_graph=True)
@@ -356,17 +326,14 @@ def test_accumulation_into_existing_grads(op):
 
 def test_chain_of_ops_reuses_one_gradient(op):
     """Ten in-place ops in a row need one gradient between them."""
-    log = {}
     leaf, operands = make(op, trainable=False)
-    input = Sink.apply(leaf, log)
+    input = Sink.apply(leaf)
     for _ in range(10):
         op.function(input, *operands)
-    grad = torch.randn(SHAPE)
-    total = Source.apply(input, grad, log)
+    total = weighted(input, torch.randn(SHAPE))
     with Memory() as memory:
         total.backward()
     assert len(memory.allocations(FULL)) == 1
-    assert log["outgoing"] == log["incoming"]
 
 
 def test_subclass_gradient_is_not_taken(op):
