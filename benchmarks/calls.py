@@ -2,81 +2,112 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from rich.progress import Progress
+import torch
+from rich.console import Console
 from rich.table import Table as RichTable
 from torch.utils.benchmark import Timer
 
-from tests.op_table import Op
+from tests.op_table import BY_NAME, Op
 
 from .results import ROOT
 
 ELEMENTS = 16
 # Calls that share one graph: the multiplication that starts it weighs little, and the graph's end is paid for.
 CHAIN = 32
-
-SETUP = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-from benchmarks.implementations import torch_in_place
-from tests.op_table import BY_NAME
-torch.set_num_threads(1)
-op = BY_NAME[{name!r}]
-tensors = {tensors}
-operands = [torch.ones({elements}) if tensors else 1.5 for _ in op.operands]
-a, b = (*operands, None)[:2]
-x = leaf = torch.ones({elements}, requires_grad={grad})
-f = {function}
-"""
+# Chains that callgrind counts.
+REPEATS = 20
 
 
 @dataclass(frozen=True)
 class Call:
-    op: Op
+    op: str
     tensors: bool
     grad: bool
     ours: bool
 
-    def timer(self) -> Timer:
-        method = self.op.torch_method if self.tensors or len(self.op.operands) == 1 else None
-        theirs = f"torch.Tensor.{method}" if method else "op.two_step"
-        setup = SETUP.format(
-            root=str(ROOT),
-            name=self.op.name,
-            tensors=self.tensors,
-            grad=self.grad,
-            elements=ELEMENTS,
-            function="op.function" if self.ours else theirs,
-        )
-        call = f"f(x, {', '.join('ab'[: len(self.op.operands)])})\n"
-        return Timer("x = leaf * 1\n" + call * CHAIN + "del x", setup=setup)
+    def statement(self) -> Callable[[], None]:
+        op = BY_NAME[self.op]
+        method = op.torch_method if self.tensors or len(op.operands) == 1 else None
+        theirs = getattr(torch.Tensor, method) if method else op.two_step
+        f = op.function if self.ours else theirs
+        operands = [torch.ones(ELEMENTS) if self.tensors else 1.5 for _ in op.operands]
+        leaf = torch.ones(ELEMENTS, requires_grad=self.grad)
+
+        def chain() -> None:
+            x = leaf * 1
+            for _ in range(CHAIN):
+                f(x, *operands)
+
+        return chain
 
 
-def count(call: Call) -> float:
-    """Instructions per call."""
-    return call.timer().collect_callgrind(number=4, collect_baseline=False).counts(denoise=True) / 4 / CHAIN
+def selection(ops: list[Op]) -> list[Call]:
+    kinds = [(tensors, grad) for tensors in (True, False) for grad in (True, False)]
+    return [Call(op.name, *kind, ours) for op in ops for kind in kinds for ours in (False, True)]
 
 
-def time(call: Call) -> float:
-    """Nanoseconds per call."""
-    return call.timer().blocked_autorange(min_run_time=0.2).median * 1e9 / CHAIN
+def nanoseconds(calls: list[Call]) -> list[float]:
+    timers = [Timer("chain()", globals={"chain": call.statement()}) for call in calls]
+    return [timer.blocked_autorange(min_run_time=0.2).median * 1e9 / CHAIN for timer in timers]
+
+
+def instructions(ops: list[Op]) -> list[float]:
+    """Counts all of them in one process: under callgrind, importing torch takes longer than everything else.
+
+    `Timer.collect_callgrind` would start a process for each.
+    """
+    if shutil.which("valgrind") is None:
+        raise SystemExit("callgrind is part of valgrind, which is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "callgrind")
+        options = ["--tool=callgrind", "--collect-atstart=no", f"--callgrind-out-file={out}"]
+        child = [sys.executable, "-m", "benchmarks.calls", *(op.name for op in ops)]
+        done = subprocess.run(["valgrind", *options, *child], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"valgrind failed:\n{done.stderr}")
+        dumps = [Path(f"{out}.{i}").read_text() for i in range(1, len(selection(ops)) + 1)]
+    return [int(re.search(r"^(?:summary|totals): (\d+)", dump, re.MULTILINE)[1]) / REPEATS / CHAIN for dump in dumps]
 
 
 def report(ops: list[Op], callgrind: bool) -> RichTable:
     """Every op, with tensors and with numbers, recorded and not, beside torch's in-place form of it."""
-    unit = "instructions" if callgrind else "ns"
-    table = RichTable(title=f"One call on {ELEMENTS} elements, {unit}")
+    calls = selection(ops)
+    with Console(stderr=True).status("counting instructions: minutes" if callgrind else "timing calls"):
+        found = instructions(ops) if callgrind else nanoseconds(calls)
+    table = RichTable(title=f"One call on {ELEMENTS} elements: {'instructions' if callgrind else 'nanoseconds'}")
     for column in ("op", "operands", "grad"):
         table.add_column(column)
     for column in ("torch in place", "safe_inplace", "ratio"):
         table.add_column(column, justify="right")
-    pairs = [(op, tensors, grad) for op in ops for tensors in (True, False) for grad in (True, False)]
-    with Progress(transient=True) as progress:
-        for op, tensors, grad in progress.track(pairs, description="calls"):
-            theirs, ours = ((count if callgrind else time)(Call(op, tensors, grad, who)) for who in (False, True))
-            kind = "tensors" if tensors else "numbers"
-            cells = (f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.2f}")
-            table.add_row(op.name, kind, "on" if grad else "off", *cells)
+    for call, theirs, ours in zip(calls[::2], found[::2], found[1::2], strict=True):
+        cells = (f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.2f}")
+        kind = "tensors" if call.tensors else "numbers"
+        table.add_row(call.op, kind, "on" if call.grad else "off", *cells)
     return table
+
+
+def count_under_callgrind(ops: list[Op]) -> None:
+    """The inside of `instructions`: one dump of callgrind's counter for each call of the selection."""
+    torch.set_num_threads(1)
+    for call in selection(ops):
+        statement = call.statement()
+        for _ in range(5):
+            statement()
+        # What torch.utils.benchmark brackets its statements with.
+        torch._C._valgrind_toggle()
+        for _ in range(REPEATS):
+            statement()
+        torch._C._valgrind_toggle_and_dump_stats()
+
+
+if __name__ == "__main__":
+    count_under_callgrind([BY_NAME[name] for name in sys.argv[1:]])

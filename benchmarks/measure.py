@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +127,9 @@ def engine_holds_gradient(result: torch.Tensor, gradient: torch.Tensor, anchor: 
 
 def signs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Values that neither vanish into denormals nor overflow, however often they are applied."""
-    return torch.randint(0, 2, shape, device=device).mul_(2).sub_(1).to(dtype)
+    numel = math.prod(shape)
+    pattern = (torch.randint(0, 2, (min(numel, 4099),)) * 2 - 1).to(device=device, dtype=dtype)
+    return pattern.repeat(-(-numel // pattern.numel()))[:numel].clone().view(shape)
 
 
 class Workload:

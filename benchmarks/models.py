@@ -146,7 +146,7 @@ def models(batch: int, width: int, depth: int) -> list[Model]:
 
 
 def for_device(device: torch.device) -> list[Model]:
-    return models(batch=8, width=256, depth=2) if device.type == "cpu" else models(batch=32, width=1024, depth=8)
+    return models(batch=4, width=256, depth=2) if device.type == "cpu" else models(batch=32, width=1024, depth=8)
 
 
 def step(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:

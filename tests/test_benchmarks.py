@@ -1,0 +1,210 @@
+"""The benchmarks: that they measure what they say, and that what is shown is what was measured."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from benchmarks import __main__ as command
+from benchmarks import models, report, results, targets
+from benchmarks.cases import (
+    CALL,
+    FORWARD,
+    LAYOUTS,
+    MODES,
+    RECORDED,
+    Case,
+    KiB,
+    default_cases,
+    full_cases,
+    product,
+    target_cases,
+)
+from benchmarks.implementations import COMPILED, IN_PLACE, OURS, OUT_OF_PLACE, implementations
+from benchmarks.measure import Workload
+from benchmarks.runner import Effort, run_case, run_model
+from tests.op_table import BY_NAME, OPS
+
+CPU = torch.device("cpu")
+TINY = Effort(rounds=1, seconds=1e-6, compile=False)
+SIZE = 64 * KiB
+
+
+class NoReference:
+    bytes = 1
+
+    @staticmethod
+    def samples(seconds):
+        return [1.0]
+
+
+def case(op, layout, mode, dtype=torch.float32, size=SIZE) -> Case:
+    return Case(BY_NAME[op], LAYOUTS[layout], dtype, size, MODES[mode])
+
+
+def measured(*arguments, **keywords) -> dict[str, results.Row]:
+    return {row.implementation: row for row in run_case(case(*arguments, **keywords), CPU, TINY, NoReference())}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", BY_NAME)
+def test_every_implementation_computes_the_same(op, layout):
+    chosen = case(op, layout, "forward")
+    if not chosen.makes_sense():
+        pytest.skip("the layout is for two operands")
+    outcomes = []
+    for function in implementations(chosen, CPU, compile=False).values():
+        outcomes.append(function(Workload(chosen, CPU).input, *Workload(chosen, CPU).operands))
+    for outcome in outcomes[1:]:
+        torch.testing.assert_close(outcome, outcomes[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_every_mode(mode):
+    rows = measured("mul_add_", "last_dim_vector", mode)
+    assert list(rows) == [IN_PLACE, OUT_OF_PLACE, OURS]
+    for row in rows.values():
+        assert 0 < row.p20 <= row.p50 <= row.p80
+        assert row.samples > 0
+        assert (row.saved is None) == (mode == "forward")
+    assert MODES[mode].grad is False or rows[OURS].saved == case("mul_add_", "last_dim_vector", mode).saved()
+
+
+def test_peak_sees_a_full_size_tensor_where_there_is_one():
+    rows = measured("mul_add_", "last_dim_vector", "backward, frozen, held by engine")
+    assert rows[OUT_OF_PLACE].peak >= SIZE
+    assert rows[OURS].peak < SIZE
+    rows = measured("mul_add_", "last_dim_vector", "backward, frozen, held by caller")
+    assert SIZE <= rows[OURS].peak < 2 * SIZE
+
+
+def test_bytes_come_from_the_op_table():
+    vector = 4 * LAYOUTS["last_dim_vector"].operand(0, LAYOUTS["last_dim_vector"].shape(SIZE // 4))[0]
+    assert case("add_", "full", "forward").bytes() == 3 * SIZE
+    assert case("add_", "scalar", "forward").bytes() == 2 * SIZE
+    assert case("mul_add_", "last_dim_vector", "forward").bytes() == 2 * SIZE + 2 * vector
+    # The gradient of a sum is the gradient: nothing moves.
+    assert case("add_", "full", "forward+backward, frozen, held by engine").bytes() == 3 * SIZE
+    # Backward reads the gradient, the kept input and the scale, and writes one full-size gradient and two vectors.
+    assert case("mul_add_", "last_dim_vector", "backward, trainable, held by caller").bytes() == 3 * SIZE + 3 * vector
+
+
+@pytest.mark.parametrize("select", [target_cases, default_cases, full_cases])
+def test_selections_cover_the_table(select):
+    cases = select(CPU)
+    assert {c.op.name for c in cases} == set(BY_NAME)
+    assert {c.layout.name for c in cases} == set(LAYOUTS)
+    assert len({c.key for c in cases}) == len(cases)
+    for chosen in cases:
+        assert math.prod(chosen.shape) * chosen.dtype.itemsize == chosen.size
+        assert all(math.prod(s) > 0 for s in chosen.operand_shapes() if s is not None)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler")
+def test_compiled_beside_eager():
+    rows = run_case(case("add_", "full", "forward"), CPU, replace(TINY, compile=True), NoReference())
+    assert COMPILED in {row.implementation for row in rows}
+
+
+@pytest.mark.parametrize("model", models.models(batch=1, width=128, depth=2), ids=lambda m: m.name)
+def test_models_written_both_ways_are_the_same(model):
+    ways = {}
+    for formulas in (models.Plain, models.InPlace):
+        module, inputs = model.make(formulas, CPU)
+        loss = models.step(module, inputs)
+        ways[formulas] = [loss, *(p.grad for p in module.parameters())]
+    for plain, in_place in zip(*ways.values(), strict=True):
+        torch.testing.assert_close(in_place, plain, rtol=1e-4, atol=1e-6)
+
+
+def rows_of_a_tiny_run() -> list[results.Row]:
+    rows = []
+    for mode, size in ((FORWARD, SIZE), (RECORDED, CALL), (MODES["forward+backward, trainable, held by engine"], SIZE)):
+        for chosen in product(OPS, ["full", "last_dim_vector"], [torch.float32], [size], [mode]):
+            rows += run_case(chosen, CPU, TINY, NoReference())
+    return rows + run_model(models.models(batch=1, width=128, depth=1)[2], CPU, TINY, compile=False)
+
+
+def test_files_tables_and_plots_follow_from_the_rows(tmp_path):
+    rows, about = rows_of_a_tiny_run(), results.provenance(CPU)
+    path = tmp_path / results.file_name(about)
+    results.write(path, about, rows)
+    back = results.read(path)
+    assert back[0] == about
+    assert [row.case for row in back[1]] == [row.case for row in rows]
+    results.write(path, *back)
+    assert results.read(path) == back
+
+    readme = tmp_path / "README-of-the-project.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    made = report.write(tmp_path, readme)
+    first = {p: p.read_bytes() for p in made}
+    assert report.write(tmp_path, readme) == made
+    assert {p: p.read_bytes() for p in made} == first
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert all(f"`{name}`" in text for name in BY_NAME)
+
+
+def test_readme_is_what_the_result_files_say():
+    text = report.README.read_text()
+    assert report.insert(text, report.readme_section()) == text
+    if results.result_files():
+        assert report.DETAILS.read_text() == report.details()
+
+
+def test_targets_can_be_missed():
+    """Ours with torch's times is no better than torch, and says so."""
+    rows = rows_of_a_tiny_run()
+    calls = [r for r in rows if r.mode == RECORDED.name and r.layout == "full"]
+    table = results.Table(calls)
+    same = [replace(r, p50=table.get(IN_PLACE, *r.case).p50) if r.implementation == OURS else r for r in calls]
+    verdicts = [v for v in targets.judge(same, on_cpu=True) if "one call" in v.promise]
+    assert {v.measured for v in verdicts} == {1.0}
+    assert {v.met for v in verdicts if v.target < 1} == {False}
+    assert {v.met for v in verdicts if v.target == 1} == {True}
+
+
+def test_narrowed_run_from_the_command_line(tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    options = ["--ops", "add_", "--layouts", "full", "--sizes", "4KiB", "--rounds", "1", "--seconds", "1e-6"]
+    assert command.main(["--device", "cpu", *options, "--no-compile", "--output", str(out)]) == 0
+    about, rows = results.read(out)
+    assert "--no-compile" not in about["command"] or about["commit"]
+    assert {row.op for row in rows} == {"add_"}
+    assert "add_" in capsys.readouterr().out
+
+
+def test_triton_kernels_compute_the_ops():
+    pytest.importorskip("triton")
+    # Triton's interpreter is chosen when its kernels are defined: in a process of its own.
+    code = """
+import torch
+from benchmarks.cases import FORWARD, LAYOUTS, product
+from benchmarks.measure import Workload
+from benchmarks.triton_kernels import elementwise
+from tests.op_table import OPS
+for case in product(OPS, LAYOUTS, [torch.float32], [16 << 10], [FORWARD]):
+    work = Workload(case, torch.device("cpu"))
+    work.input.copy_(torch.arange(work.input.numel()).view(case.shape))
+    work.operands = [torch.randn_like(v) if isinstance(v, torch.Tensor) else v for v in work.operands]
+    expected = case.op.reference(work.input, *work.operands)
+    torch.testing.assert_close(elementwise(case, work.input, *work.operands), expected, msg=str(case.key))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=results.ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr
