@@ -2,30 +2,41 @@
 
 #include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
+#include <ATen/ScalarOps.h>
 #include <c10/core/GradMode.h>
 
 namespace safe_inplace {
 
 namespace {
 
+// As Python hands numbers to torch: some backends know only the overloads for tensors. A tracer's number has no value.
+at::Tensor as_tensor(const Operand& operand) {
+  return operand.tensor != nullptr ? *operand.tensor : at::native::wrapped_scalar_tensor(operand.number);
+}
+
+bool is_traced_number(const Operand& operand) {
+  return operand.tensor == nullptr && operand.number.isSymbolic();
+}
+
 at::Tensor times(const at::Tensor& tensor, const Operand& factor) {
-  return factor.tensor != nullptr ? at::mul(tensor, *factor.tensor) : at::mul(tensor, factor.number);
+  return is_traced_number(factor) ? at::mul(tensor, factor.number) : at::mul(tensor, as_tensor(factor));
 }
 
 at::Tensor plus(const at::Tensor& tensor, const Operand& term) {
-  return term.tensor != nullptr ? at::add(tensor, *term.tensor) : at::add(tensor, term.number);
+  return is_traced_number(term) ? at::add(tensor, term.number) : at::add(tensor, as_tensor(term));
+}
+
+bool differentiates(const at::Tensor& tensor) {
+  return (c10::GradMode::is_enabled() && tensor.requires_grad()) || tensor._fw_grad(/*level=*/0).defined();
 }
 
 bool needs_gradient(const Call& call) {
-  if (!c10::GradMode::is_enabled()) {
-    return false;
-  }
   // A wrapper of a transform does not say what the tensors inside it need.
-  if (!is_plain(call) || call.input->requires_grad()) {
+  if (!is_plain(call) || differentiates(*call.input)) {
     return true;
   }
   for (const Operand& operand : call.operands) {
-    if (operand.tensor != nullptr && operand.tensor->requires_grad()) {
+    if (operand.tensor != nullptr && differentiates(*operand.tensor)) {
       return true;
     }
   }
@@ -65,41 +76,57 @@ void write_result(const at::Tensor& input, const at::Tensor& result) {
 
 void add_formula(const Call& call) {
   const Operand& other = call.operands[0];
-  if (other.tensor != nullptr) {
-    call.input->add_(*other.tensor, call.parameter);
-  } else {
+  if (is_traced_number(other)) {
     call.input->add_(other.number, call.parameter);
+  } else {
+    call.input->add_(as_tensor(other), call.parameter);
   }
 }
 
 void mul_formula(const Call& call) {
   // torch's method keeps its own copy of the input for the gradient of `other`.
   const Operand& other = call.operands[0];
-  if (other.tensor != nullptr) {
-    call.input->mul_(*other.tensor);
-  } else {
+  if (is_traced_number(other)) {
     call.input->mul_(other.number);
+  } else {
+    call.input->mul_(as_tensor(other));
   }
 }
 
-void addcmul_formula(const Call& call) {
+// The old input in the dtype that the fused formulas compute in: rounded to its own once, at the end.
+at::Tensor widened(const at::Tensor& input) {
+  return input.to(math_type(input.scalar_type()));
+}
+
+void addcmul_formula(const Call& call, const at::Tensor& input) {
   const Operand& tensor1 = call.operands[0];
   const Operand& tensor2 = call.operands[1];
   if (tensor1.tensor != nullptr && tensor2.tensor != nullptr) {
     call.input->addcmul_(*tensor1.tensor, *tensor2.tensor, call.parameter);
-  } else if (tensor1.tensor != nullptr) {
-    call.input->add_(at::mul(*tensor1.tensor, tensor2.number), call.parameter);
-  } else if (tensor2.tensor != nullptr) {
-    call.input->add_(at::mul(*tensor2.tensor, tensor1.number), call.parameter);
-  } else {
-    const at::Tensor number = at::mul(at::scalar_tensor(tensor1.number, call.input->options()), tensor2.number);
-    call.input->add_(number, call.parameter);
+    return;
+  }
+  const Operand& tensor = tensor1.tensor != nullptr ? tensor1 : tensor2;
+  const Operand& number = tensor1.tensor != nullptr ? tensor2 : tensor1;
+  const at::Tensor product = tensor.tensor != nullptr
+      ? times(tensor.tensor->to(math_type(tensor.tensor->scalar_type())), number)
+      : times(at::scalar_tensor(tensor.number, input.options().dtype(math_type(input.scalar_type()))), number);
+  write_result(*call.input, at::add(widened(input), product, call.parameter));
+}
+
+// torch's in-place methods let an operand on the meta device pass, and write nothing.
+void check_devices(const Call& call) {
+  for (int i = 0; i < call.info().operands; ++i) {
+    const at::Tensor* operand = call.operands[i].tensor;
+    TORCH_CHECK(operand == nullptr || !operand->is_meta() || call.input->is_meta(), call.info().name,
+                "(): Expected all tensors to be on the same device, but argument '", call.info().operand_names[i],
+                "' is on meta and input is on ", call.input->device(), "; move it with .to(input.device)");
   }
 }
 
 } // namespace
 
 void write_by_formula(const Call& original) {
+  check_devices(original);
   const Protected guarded(original);
   const Call& call = guarded.call;
   switch (call.op) {
@@ -108,11 +135,11 @@ void write_by_formula(const Call& original) {
     case op_index<Mul>:
       return mul_formula(call);
     case op_index<AddMul>:
-      return write_result(*call.input, times(plus(guarded.input, call.operands[0]), call.operands[1]));
+      return write_result(*call.input, times(plus(widened(guarded.input), call.operands[0]), call.operands[1]));
     case op_index<MulAdd>:
-      return write_result(*call.input, plus(times(guarded.input, call.operands[0]), call.operands[1]));
+      return write_result(*call.input, plus(times(widened(guarded.input), call.operands[0]), call.operands[1]));
     default:
-      return addcmul_formula(call);
+      return addcmul_formula(call, guarded.input);
   }
 }
 

@@ -250,15 +250,8 @@ bool InplaceNode::run_kernel(Backward& backward, variable_list& results) {
     if (!wanted(position)) {
       continue;
     }
-    if (is_grad_itself(position)) {
-      results[position] = backward.grad;
-    } else if (!backward.grads[position].defined()) {
-      results[position] = backward.grads[0];
-    } else if (backward.grads[position].scalar_type() != shapes[position].dtype) {
-      results[position] = backward.grads[position].to(shapes[position].dtype);
-    } else {
-      results[position] = std::move(backward.grads[position]);
-    }
+    const at::Tensor& computed = backward.grads[backward.grads[position].defined() ? position : 0];
+    results[position] = is_grad_itself(position) ? backward.grad : computed.to(shapes[position].dtype);
   }
   return true;
 }
@@ -306,12 +299,14 @@ NodePtr<InplaceNode> record(const Call& call) {
       continue;
     }
     const at::Tensor* tensor = call.operands[int(factor)].tensor;
-    if (tensor == nullptr || !node->should_compute_output(position)) {
+    SavedVariable& saved = node->saved[int(factor)];
+    const bool again = position > 0 && info.partials[position] == info.partials[0] && node->should_compute_output(0);
+    if (tensor == nullptr || again || !node->should_compute_output(position)) {
       continue;
     }
     // What shares memory or a version counter with the input is overwritten, or looks so: save its value instead.
     const bool aliased = share_storage(*tensor, *call.input);
-    node->saved[int(factor)] = SavedVariable(aliased ? tensor->clone() : *tensor, /*is_output=*/false);
+    saved = SavedVariable(aliased ? tensor->clone() : *tensor, /*is_output=*/false);
   }
   return node;
 }
@@ -348,6 +343,7 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
       any_requires_grad = any_requires_grad || requires_grad(operand);
     }
   }
+  check_writable(*call.input);
   torch::autograd::check_inplace(*call.input, any_requires_grad);
   Forward forward;
   if (!plan_forward(call, forward)) {
@@ -390,8 +386,8 @@ namespace {
 template <class Op>
 void register_node_type() {
   static PyTypeObject type;
-  static PyMethodDef methods[] = {{nullptr, nullptr, 0, nullptr}};
-  torch::autograd::_initFunctionPyTypeObject(type, Op::node, nullptr, methods);
+  // Without tables of its own the type gets the methods and properties that every node of torch has.
+  torch::autograd::_initFunctionPyTypeObject(type, Op::node, nullptr, nullptr);
   torch::autograd::registerCppFunction(typeid(OpNode<Op>), &type);
 }
 

@@ -130,6 +130,7 @@ struct Overload<Op, numbers, TypeList<Args...>> {
     call_with_autograd(keys, make_call<Op>(input, Indices{}, args...), redispatch);
   }
   static void inplace_or_view(DispatchKeySet keys, Tensor& input, Args... args) {
+    check_writable(input);
     {
       const at::AutoDispatchBelowADInplaceOrView guard;
       redispatch(keys & c10::after_ADInplaceOrView_keyset, make_call<Op>(input, Indices{}, args...));

@@ -13,7 +13,8 @@
 #else
 #define SI_INLINE inline __attribute__((always_inline))
 #endif
-#if !defined(__CUDA_ARCH__) && defined(__F16C__)
+// rows_*.cpp set these beside their target pragma: the compiler's own macros do not follow a pragma in C++.
+#if defined(SI_F16C)
 #include <immintrin.h>
 #endif
 
@@ -112,7 +113,7 @@ SI_INLINE float widen(BFloat16 x) { return bit_cast_to<float>(uint32_t(x.bits) <
 SI_INLINE float widen(Half x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
-#elif defined(__F16C__)
+#elif defined(SI_F16C)
   return _cvtsh_ss(x.bits);
 #else
   // Normal numbers are rebiased by a multiplication, which also normalises the subnormal ones; infinities and NaN keep
@@ -152,7 +153,7 @@ struct Narrow<Half> {
   SI_INLINE static Half from(float x) {
 #if defined(__CUDA_ARCH__)
     return {__half_as_ushort(__float2half_rn(x))};
-#elif defined(__F16C__)
+#elif defined(SI_F16C)
     return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
 #else
     const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
@@ -190,14 +191,14 @@ SI_INLINE Complex<T> operator*(Complex<T> a, Complex<T> b) {
 
 // a * b + c with one rounding where the processor has the instruction, as torch's own kernels do.
 SI_INLINE float multiply_add(float a, float b, float c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__)
+#if defined(__CUDA_ARCH__) || defined(SI_FMA)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
 #endif
 }
 SI_INLINE double multiply_add(double a, double b, double c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__)
+#if defined(__CUDA_ARCH__) || defined(SI_FMA)
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;

@@ -6,6 +6,7 @@
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <array>
@@ -45,7 +46,8 @@ const DeviceKernels* device_kernels(c10::DeviceType type) {
 }
 
 bool is_plain(const at::Tensor& tensor) {
-  return (tensor.key_set() - plain_keys).empty() && tensor.layout() == at::kStrided;
+  // Not the set difference, which never removes a backend's bit.
+  return (tensor.key_set().raw_repr() & ~plain_keys.raw_repr()) == 0;
 }
 
 bool is_plain(const Call& call) {
@@ -58,6 +60,12 @@ bool is_plain(const Call& call) {
     }
   }
   return true;
+}
+
+void check_writable(const at::Tensor& input) {
+  TORCH_CHECK(!input.is_inference() || c10::InferenceMode::is_enabled(),
+              "Inplace update to inference tensor outside InferenceMode is not allowed.You can make a clone to get a "
+              "normal tensor before doing inplace update.See https://github.com/pytorch/rfcs/pull/17 for more details.");
 }
 
 bool share_storage(const at::Tensor& a, const at::Tensor& b) {
@@ -98,8 +106,13 @@ namespace {
 // A number that every kernel dtype of the same category rounds as torch does.
 bool take_number(const at::Scalar& number, at::ScalarType input_type, double* out) {
   // A symbolic number belongs to a tracer; a wide integer would be rounded twice on its way through double.
-  if (number.isSymbolic() || number.isBoolean()) {
+  if (number.isSymbolic()) {
     return false;
+  }
+  if (number.isBoolean()) {
+    out[0] = number.toBool() ? 1 : 0;
+    out[1] = 0;
+    return true;
   }
   if (number.isComplex()) {
     const auto value = number.toComplexDouble();
@@ -119,9 +132,9 @@ bool take_number(const at::Scalar& number, at::ScalarType input_type, double* ou
   return true;
 }
 
-// torch refuses a parameter that overflows the arithmetic dtype; its words come with the aten formula.
+// torch refuses a parameter that overflows the arithmetic dtype, and a boolean; its words come with the aten formula.
 bool take_parameter(const at::Scalar& number, at::ScalarType input_type, double* out) {
-  if (!take_number(number, input_type, out)) {
+  if (number.isBoolean() || !take_number(number, input_type, out)) {
     return false;
   }
   if (at::toRealValueType(math_type(input_type)) == at::kFloat) {
@@ -154,6 +167,15 @@ bool take_scalar_tensor(const at::Tensor& tensor, at::ScalarType input_type, dou
       return take_number(*tensor.const_data_ptr<int64_t>(), input_type, out);
     default:
       return false;
+  }
+}
+
+void round_number(DType dtype, double* number) {
+  const auto value = static_cast<float>(number[0]);
+  if (dtype == DType::Half) {
+    number[0] = widen(narrow<Half>(value));
+  } else if (dtype == DType::BFloat16) {
+    number[0] = widen(narrow<BFloat16>(value));
   }
 }
 
@@ -316,12 +338,25 @@ bool place_operand(const Operand& operand, const at::Tensor& value, const at::Te
   return true;
 }
 
+// Where torch's CPU kernel rounds a product and a sum once in the body of a row and twice at its end, or the other way
+// round, only torch's kernel gives torch's bits.
+bool rounds_by_position(const Call& call) {
+  if (!call.input->is_cpu()) {
+    return false;
+  }
+  if (call.op == op_index<Add>) {
+    return !call.parameter.equal(1) && !call.parameter.equal(-1);
+  }
+  return call.op == op_index<Mul> && call.input->is_complex();
+}
+
 } // namespace
 
 bool plan_forward(const Call& call, Forward& forward) {
   const at::Tensor& input = *call.input;
   DType dtype;
-  if (!kernel_dtype(input.scalar_type(), dtype) || device_kernels(input.device().type()) == nullptr) {
+  if (!kernel_dtype(input.scalar_type(), dtype) || device_kernels(input.device().type()) == nullptr ||
+      rounds_by_position(call)) {
     return false;
   }
   ForwardPlan& plan = forward.plan;
@@ -357,10 +392,11 @@ bool plan_forward(const Call& call, Forward& forward) {
       return false;
     }
   }
-  if (!layout.finish(plan.shape)) {
-    return false;
+  if (call.op == op_index<Add> && plan.operands[0].data == nullptr) {
+    // torch's add rounds a number to the input's dtype first, its mul does not.
+    round_number(dtype, plan.operands[0].number);
   }
-  return true;
+  return layout.finish(plan.shape);
 }
 
 // The kept value has the input's strides where those are dense, and is contiguous otherwise: a copy of the input's

@@ -34,6 +34,9 @@ struct Call {
 bool is_plain(const at::Tensor& tensor);
 bool is_plain(const Call& call);
 
+// Refuses a tensor whose version counter cannot be raised, in torch's words; torch itself notices after the write.
+void check_writable(const at::Tensor& input);
+
 bool share_storage(const at::Tensor& a, const at::Tensor& b);
 
 struct Forward {

@@ -10,9 +10,11 @@
 
 #include <pybind11/gil_safe_call_once.h>
 
+#include <optional>
 #include <string>
 
 #include "autograd.h"
+#include "cuda/simulate.h"
 #include "digest.h"
 #include "guard.h"
 #include "library.h"
@@ -28,6 +30,11 @@ PyObject* override_handler = nullptr;
 
 // Input, two operands and the parameter.
 constexpr int kMaxArguments = 4;
+
+[[noreturn]] void raise_type_error(const std::string& message) {
+  PyErr_SetString(PyExc_TypeError, message.c_str());
+  throw py::error_already_set();
+}
 
 std::string describe(PyObject* value) {
   return value == nullptr ? std::string("nothing") : std::string("a ") + Py_TYPE(value)->tp_name;
@@ -59,7 +66,7 @@ void collect(const Signature& signature, PyObject* const* args, Py_ssize_t posit
              PyObject** out) {
   const int most = 1 + signature.op.operands;
   if (positional > most) {
-    throw py::type_error(std::string(signature.op.name) + "(): " + std::to_string(positional) +
+    raise_type_error(std::string(signature.op.name) + "(): " + std::to_string(positional) +
                          " positional arguments given, the signature is " + signature.text());
   }
   for (Py_ssize_t i = 0; i < positional; ++i) {
@@ -75,7 +82,7 @@ void collect(const Signature& signature, PyObject* const* args, Py_ssize_t posit
       }
     }
     if (found < 0 || out[found] != nullptr) {
-      throw py::type_error(std::string(signature.op.name) + "(): " + (found < 0 ? "unknown" : "repeated") +
+      raise_type_error(std::string(signature.op.name) + "(): " + (found < 0 ? "unknown" : "repeated") +
                            " argument '" + py::cast<std::string>(py::handle(key)) + "', the signature is " +
                            signature.text());
     }
@@ -83,7 +90,7 @@ void collect(const Signature& signature, PyObject* const* args, Py_ssize_t posit
   }
   for (int i = 0; i < most; ++i) {
     if (out[i] == nullptr) {
-      throw py::type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) +
+      raise_type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) +
                            "' is missing, the signature is " + signature.text());
     }
   }
@@ -131,7 +138,7 @@ bool take_scalar(PyObject* value, at::Scalar& out) {
   } else if (PySequence_Check(value) && !PyUnicode_Check(value)) {
     remedy = "; convert it with torch.as_tensor";
   }
-  throw py::type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) + "' must be " + wanted +
+  raise_type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) + "' must be " + wanted +
                        ", but it is " + describe(value) + remedy);
 }
 
@@ -251,6 +258,30 @@ void add_doors(PyObject* module, OpList<Ops...>) {
   }
 }
 
+// With an index limit: the CUDA kernels' code, run on the host, takes the place of the CPU's kernels; with None, the
+// CPU's are back.
+void simulate_cuda(std::optional<int64_t> index_limit, bool reversed) {
+  if (index_limit.has_value()) {
+    start_simulation({reversed, *index_limit});
+  } else {
+    stop_simulation();
+  }
+}
+
+py::list simulated_launches() {
+  py::list list;
+  for (const SimulatedLaunch& launch : take_simulated_launches()) {
+    py::dict entry;
+    entry["kernel"] = launch.kernel;
+    entry["vector"] = launch.vector;
+    entry["index_bits"] = launch.index_bits;
+    entry["blocks"] = launch.blocks;
+    entry["workspace"] = launch.workspace;
+    list.append(entry);
+  }
+  return list;
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -259,6 +290,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("op_table", op_table);
   m.def("build_info", build_info);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });
+  m.def("_simulate_cuda", simulate_cuda, py::arg("index_limit"), py::arg("reversed") = false);
+  m.def("_simulated_launches", simulated_launches);
   if (!bind_guard(m.ptr())) {
     throw py::error_already_set();
   }

@@ -1,5 +1,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
+#define SI_FMA
+#define SI_F16C
 #include "rows.h"
 
 namespace safe_inplace {

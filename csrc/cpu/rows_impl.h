@@ -19,7 +19,7 @@ SI_INLINE void store_chunk(T* out, const M (&in)[kLanes]) {
   }
 }
 
-#if defined(__F16C__)
+#if defined(SI_F16C)
 // The compiler does not vectorise the scalar conversion instructions by itself.
 SI_INLINE void load_chunk(float (&out)[kLanes], const Half* in) {
   for (int half = 0; half < kLanes; half += 8) {
