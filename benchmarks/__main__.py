@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tests.op_table import BY_NAME
 
-from . import calls, models, report, results, targets
+from . import calls, models, report, results
 from .cases import LAYOUTS, MODES, Case, default_cases, full_cases, target_cases
 from .results import Row
 from .runner import Effort, run
@@ -123,7 +123,10 @@ def main(arguments: list[str]) -> int:
         if options.source:
             about, rows = results.read(options.source)
         else:
-            about, rows = results.provenance(device), measure(narrow(target_cases(device), options), [], options, console)
+            about, rows = (
+                results.provenance(device),
+                measure(narrow(target_cases(device), options), [], options, console),
+            )
         console.print(about)
         console.print(report.targets_table(rows, device.type == "cpu", every=options.all))
         return 0

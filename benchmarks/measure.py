@@ -73,7 +73,7 @@ PAUSED = "preparation"
 
 
 class Source(torch.autograd.Function):
-    """Hands out a tensor as the output of a node, which may be written to: a leaf may not. Costs no pass over memory."""
+    """Hands out a tensor as the output of a node, which may be written to, as a leaf may not. Moves no memory."""
 
     @staticmethod
     def forward(ctx, anchor, tensors):
@@ -142,9 +142,7 @@ class Workload:
         self.case, self.device = case, device
         torch.manual_seed(0)
         self.input = signs(case.shape, case.dtype, device).contiguous(memory_format=case.layout.memory_format)
-        self.operands = [
-            -1.0 if shape is None else self._operand(shape, case) for shape in case.operand_shapes()
-        ]
+        self.operands = [-1.0 if shape is None else self._operand(shape, case) for shape in case.operand_shapes()]
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.gradient = self.input.clone() if case.mode.backward else None
         self.clock = Clock() if device.type == "cpu" else CudaClock()
@@ -200,7 +198,9 @@ class Workload:
         else:
             statement = "clock.pause(); state = w.prepare(f); clock.resume()\nw.run(f, state)"
         clock = self.clock if isinstance(self.clock, Clock) else Clock()
-        return Timer(statement, globals=names | {"clock": clock}, timer=clock, num_threads=torch.get_num_threads()), calls
+        return Timer(
+            statement, globals=names | {"clock": clock}, timer=clock, num_threads=torch.get_num_threads()
+        ), calls
 
 
 def cpu_samples(timer: Timer, calls: int, seconds: float) -> list[float]:
@@ -252,7 +252,9 @@ def peak_memory(device: torch.device, run: Callable[[], Any]) -> int:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    pauses = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == PAUSED and e.get("cat") == "user_annotation"]
+    pauses = [
+        (e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == PAUSED and e.get("cat") == "user_annotation"
+    ]
     kind = DeviceType.CUDA.value if device.type == "cuda" else DeviceType.CPU.value
     changes = [e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == kind]
     held = peak = 0

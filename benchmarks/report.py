@@ -53,7 +53,9 @@ def seconds_text(seconds: float) -> str:
 
 def rows_table(rows: list[Row]) -> RichTable:
     """Every case: our time, and how many times faster we are than each rival; losses in red."""
-    table = RichTable(title="How many times faster than torch, in place, out of place and compiled", title_justify="left")
+    table = RichTable(
+        title="How many times faster than torch, in place, out of place and compiled", title_justify="left"
+    )
     for column in ("op", "layout", "mode"):
         table.add_column(column)
     for column in ("time", "share", "in place", "out of", "compiled", "peak", "torch's"):
@@ -121,7 +123,7 @@ def markdown(header: list[str], body: list[list[str]], right: int = 1) -> str:
 
 def ratios(table: Table, *case) -> str:
     found = [table.ratio(rival, OURS, *case) for rival in RIVALS]
-    return " / ".join("–" if r is None else f"{r:.2f}" for r in found) if any(found) else "–"
+    return " / ".join("-" if r is None else f"{r:.2f}" for r in found) if any(found) else "-"
 
 
 def largest_forward(rows: list[Row]) -> int:
@@ -144,7 +146,13 @@ def per_op(rows: list[Row]) -> str:
         for op in OPS
     ]
     large = bytes_text(size)
-    header = ["", "one call, 16 elements", f"forward, {large}", "the same, vectors", "forward + backward, trained vectors"]
+    header = [
+        "",
+        "one call, 16 elements",
+        f"forward, {large}",
+        "the same, vectors",
+        "forward + backward, trained vectors",
+    ]
     return markdown(header, body)
 
 
@@ -164,7 +172,14 @@ def per_model(rows: list[Row]) -> str:
                     bytes_text(ours.peak),
                 ]
             )
-    header = ["forward + backward", "step, torch", "step, ours", "times faster", "peak memory, torch", "peak memory, ours"]
+    header = [
+        "forward + backward",
+        "step, torch",
+        "step, ours",
+        "times faster",
+        "peak memory, torch",
+        "peak memory, ours",
+    ]
     return markdown(header, body) if body else ""
 
 
@@ -255,12 +270,21 @@ def plot_share(path: Path, out: Path) -> None:
     for line, layout in zip(axes, layouts, strict=True):
         for axis, op in zip(line, OPS, strict=True):
             for who in ORDER:
-                points = sorted((r.size, r.share) for r in forward if (r.op, r.layout) == (op.name, layout)
-                                and r.implementation == who)
+                points = sorted(
+                    (r.size, r.share)
+                    for r in forward
+                    if (r.op, r.layout) == (op.name, layout) and r.implementation == who
+                )
                 if points:
                     style = {"linewidth": 2.2, "zorder": 3} if who == OURS else {"linewidth": 1.2}
-                    axis.plot(*zip(*points, strict=True), color=COLORS[who], marker=MARKERS[who], markersize=4,
-                              label=who, **style)
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        color=COLORS[who],
+                        marker=MARKERS[who],
+                        markersize=4,
+                        label=who,
+                        **style,
+                    )
             axis.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=10)
@@ -285,8 +309,12 @@ def plot_ratio(path: Path, out: Path) -> None:
     lines = [("one call, grad on", ("full", CALL, RECORDED.name))]
     lines += [(name.replace("_", " "), (name, size, "forward")) for name in LAYOUTS]
     for layout, mode in training:
-        lines.append((f"train: {'trained' if mode.trainable else 'frozen'} vectors, {mode.holder}'s gradient",
-                      (layout, size, mode.name)))
+        lines.append(
+            (
+                f"train: {'trained' if mode.trainable else 'frozen'} vectors, {mode.holder}'s gradient",
+                (layout, size, mode.name),
+            )
+        )
     figure, axes = plt.subplots(1, len(OPS), figsize=(14, 5.2), sharey=True, sharex=True, layout="constrained")
     axes = axes.reshape(1, -1)
     for axis, op in zip(axes[0], OPS, strict=True):
@@ -303,18 +331,22 @@ def plot_ratio(path: Path, out: Path) -> None:
         axis.axhline(len(TRAINED) - 0.5, color="0.8", linewidth=0.8)
         axis.axhline(len(lines) - 1.5, color="0.8", linewidth=0.8)
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([2.0**i for i in range(-6, 7)]))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x")
         axis.set_title(op.name, fontsize=10, loc="left")
         axis.grid(True, axis="x", color="0.92")
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-    drawn = [v for r in RIVALS for case in table.cases if (v := table.ratio(r, OURS, *case)) and case[4] != "step"
-             and case[2] == "float32" and case[3] in (CALL, size)]
+    drawn = [
+        v
+        for r in RIVALS
+        for case in table.cases
+        if (v := table.ratio(r, OURS, *case)) and case[4] != "step" and case[2] == "float32" and case[3] in (CALL, size)
+    ]
     if drawn:
         axes[0, 0].set_xlim(2 ** math.floor(math.log2(min(drawn))), 2 ** math.ceil(math.log2(max(drawn))))
     axes[0, 0].set_yticks(range(len(lines)), [name for name, _ in reversed(lines)])
-    figure.supxlabel("times faster than", fontsize=10)
-    finish(figure, axes, f"safe_inplace beside torch, float32, {bytes_text(size)}.  {title(about)}", out)
+    finish(figure, axes, f"How many times faster than torch, float32, {bytes_text(size)}.  {title(about)}", out)
 
 
 def title(about: dict[str, str]) -> str:
@@ -328,8 +360,9 @@ def finish(figure, axes, heading: str, out: Path) -> None:
     ordered = [who for who in ORDER if who in handles]
     figure.suptitle(heading, fontsize=11, x=0.01, ha="left")
     if ordered:
-        figure.legend([handles[w] for w in ordered], ordered, loc="outside lower center", ncols=len(ordered),
-                      frameon=False)
+        figure.legend(
+            [handles[w] for w in ordered], ordered, loc="outside lower center", ncols=len(ordered), frameon=False
+        )
     # Without a date or a version inside, the same rows make the same file.
     figure.savefig(out, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Runs cases: every implementation of a case in one process, in turns, so that a change of the machine hits all alike."""
+"""Runs cases: all implementations of a case in one process, in turns, so that the machine's moods hit all alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from . import models as model_stacks
-from .cases import MiB, Case, past_cache
+from .cases import Case, MiB, past_cache
 from .implementations import COMPILED, OURS, OUT_OF_PLACE, compiler_works, implementations
 from .measure import (
     Clock,
@@ -37,7 +37,7 @@ class Effort:
 
 
 class Reference:
-    """What the shares are shares of: on CPU torch's contiguous in-place float32 add_, on a GPU the device's own copy."""
+    """What shares are shares of: on CPU torch's contiguous in-place float32 add_, on a GPU the device's own copy."""
 
     def __init__(self, device: torch.device) -> None:
         size = past_cache(device)
@@ -100,7 +100,9 @@ def run_case(case: Case, device: torch.device, effort: Effort, reference: Refere
             workload.clock = clock
             saved[name] = None
             if case.mode.grad:
-                saved[name] = saved_bytes(lambda function=function: function(workload.node_output(), *workload.operands))
+                saved[name] = saved_bytes(
+                    lambda function=function: function(workload.node_output(), *workload.operands)
+                )
             del state
             samplers[name] = sampler(workload, function, device)
         if case.size >= 32 * MiB or device.type == "cuda":

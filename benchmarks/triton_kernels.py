@@ -1,4 +1,4 @@
-"""A plain, good Triton kernel for the forward of each op, its formula taken from the op table by running its reference on terms."""
+"""A plain, good Triton kernel for the forward of each op. Its formula is what the op's reference does to terms."""
 
 from __future__ import annotations
 

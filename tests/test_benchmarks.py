@@ -204,7 +204,10 @@ for case in product(OPS, LAYOUTS, [torch.float32], [16 << 10], [FORWARD]):
     torch.testing.assert_close(elementwise(case, work.input, *work.operands), expected, msg=str(case.key))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=results.ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        cwd=results.ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
