@@ -123,12 +123,31 @@ void check_devices(const Call& call) {
   }
 }
 
+// Sparse, mkldnn and nested tensors lack the general forms: what torch's two methods do, with two raises of the version.
+bool is_dense(const Call& call) {
+  bool dense = call.input->layout() == at::kStrided && !call.input->is_nested();
+  for (const Operand& operand : call.operands) {
+    dense = dense && (operand.tensor == nullptr || operand.tensor->layout() == at::kStrided);
+  }
+  return dense;
+}
+
+void two_steps(const Call& call) {
+  const Call add{op_index<Add>, call.input, {call.operands[call.op == op_index<AddMul> ? 0 : 1], {}}, 1};
+  const Call mul{op_index<Mul>, call.input, {call.operands[call.op == op_index<AddMul> ? 1 : 0], {}}, 1};
+  write_by_formula(call.op == op_index<AddMul> ? add : mul);
+  write_by_formula(call.op == op_index<AddMul> ? mul : add);
+}
+
 } // namespace
 
 void write_by_formula(const Call& original) {
   check_devices(original);
   const Protected guarded(original);
   const Call& call = guarded.call;
+  if ((call.op == op_index<AddMul> || call.op == op_index<MulAdd>) && !is_dense(call)) {
+    return two_steps(call);
+  }
   switch (call.op) {
     case op_index<Add>:
       return add_formula(call);

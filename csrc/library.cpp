@@ -191,6 +191,9 @@ SI_IMPLEMENT(CUDA, kernel)
 SI_IMPLEMENT(CompositeExplicitAutograd, formula)
 SI_IMPLEMENT(FuncTorchBatched, formula)
 SI_IMPLEMENT(Functionalize, formula)
+// torch's check that a transform does not write to a tensor it captured reads the schema, and knows methods that return
+// what they wrote.
+SI_IMPLEMENT(FuncTorchDynamicLayerFrontMode, formula)
 
 #undef SI_IMPLEMENT
 

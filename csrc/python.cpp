@@ -96,6 +96,12 @@ void collect(const Signature& signature, PyObject* const* args, Py_ssize_t posit
   }
 }
 
+bool is_numpy_scalar(PyObject* value) {
+  // Only a program that has imported NumPy can own one.
+  PyObject* const numpy = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy");
+  return numpy != nullptr && py::isinstance(value, py::handle(numpy).attr("number"));
+}
+
 bool take_scalar(PyObject* value, at::Scalar& out) {
   if (PyFloat_CheckExact(value)) {
     out = PyFloat_AS_DOUBLE(value);
@@ -122,8 +128,10 @@ bool take_scalar(PyObject* value, at::Scalar& out) {
     out = py::cast<at::Scalar>(py::handle(value));
     return true;
   }
-  // What is left of torch's numbers are NumPy's.
-  return THPUtils_checkScalar(value) && take_scalar(py::handle(value).attr("item")().ptr(), out);
+  if (!is_numpy_scalar(value)) {
+    return false;
+  }
+  return take_scalar(py::handle(value).attr("item")().ptr(), out);
 }
 
 [[noreturn]] void refuse(const Signature& signature, int i, PyObject* value) {
