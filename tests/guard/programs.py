@@ -91,6 +91,13 @@ def _loss(values: list[torch.Tensor]) -> torch.Tensor:
     return sum((value * (i + 1)).sum() for i, value in enumerate(values))
 
 
+def _torn(x: torch.Tensor, other: torch.Tensor) -> bool:
+    """Would the write read elements of `other` that it has overwritten already? torch refuses some such calls, and leaves
+    the result of the others undefined: x[:, 1:].T.mul_(x[:, 1:])."""
+    same_memory = x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return same_memory and (x.storage_offset(), x.stride()) != (other.storage_offset(), other.stride())
+
+
 def in_place(steps: list[Step], seed: int) -> tuple[torch.Tensor, ...]:
     inputs = leaves(seed)
     values = [leaf * 1 for leaf in inputs]
@@ -104,6 +111,8 @@ def in_place(steps: list[Step], seed: int) -> tuple[torch.Tensor, ...]:
             values.append(VIEWS[step.name](x))
         elif step.kind == "write":
             other = values[step.other] if isinstance(step.other, int) else torch.tensor(step.other, dtype=x.dtype)
+            if _torn(x, other):
+                other = other.clone()
             getattr(x, step.name)(other)
         elif step.name == "zero_":
             x.zero_()
