@@ -46,19 +46,6 @@ def test_the_same_bits_over_a_hundred_runs(op, dtype, device, two_threads):
 
 
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_the_same_bits_whatever_else_is_asked_for(op, device):
-    """A gradient does not depend on which others are computed in the same pass."""
-    layout = next(l for l in LARGE if l.name == "large_last_dim_vector")
-    tensors, grad_output = prepare(op, layout, torch.float32, device)
-    together = gradients(op, layout, tensors, grad_output)
-    for tensor, expected in zip(tensors, together):
-        alone = [t if t is tensor else t.detach() for t in tensors]
-        result = op.function(alone[0].clone(), *alone[1:])
-        (grad,) = torch.autograd.grad(result, tensor, grad_output)
-        assert_bit_equal(grad, expected)
-
-
-@pytest.mark.parametrize("op", OPS, **op_ids)
 def test_forward_is_the_same_on_one_and_two_threads(op, device):
     for layout in LARGE:
         tensors = layout.tensors(len(op.operands), torch.float32, device)
