@@ -43,6 +43,7 @@ SI_INLINE void store_16_bytes(char* address, const uint32_t* words) {
 // The bits of V elements of T, or of float where `Mixed` lets a stream be wide.
 template <class T, int V, bool Mixed>
 struct Bits {
+  static constexpr bool mixed = Mixed;
   static constexpr int size = Mixed ? V : (V * int(sizeof(T)) + 3) / 4;
   uint32_t words[size];
 };
@@ -84,15 +85,15 @@ SI_INLINE void store_element(void* data, uint64_t offset, T value) {
   *address = value;
 }
 
-template <class T, int V, class M>
+template <class T, int V, Mode mode, class M>
 SI_INLINE void fetch_as(const Stream<M>& stream, uint64_t offset, uint32_t* words) {
-  if (V > 1 && stream.mode == Mode::Vector) {
+  if constexpr (V > 1 && mode == Mode::Vector) {
     const char* address = static_cast<const char*>(stream.data) + offset * sizeof(T);
     SI_UNROLL
     for (int b = 0; b < V * int(sizeof(T)) / 16; ++b) {
       load_16_bytes(address + 16 * b, words + 4 * b);
     }
-  } else if (V == 1 || stream.mode == Mode::Same) {
+  } else if constexpr (V == 1 || mode == Mode::Same) {
     put_element(words, 0, load_element<T>(stream.data, offset));
   } else {
     SI_UNROLL
@@ -102,32 +103,18 @@ SI_INLINE void fetch_as(const Stream<M>& stream, uint64_t offset, uint32_t* word
   }
 }
 
-template <class T, int V, bool Mixed, class M>
-SI_INLINE void fetch(const Stream<M>& stream, uint64_t offset, Bits<T, V, Mixed>& bits) {
-  if constexpr (Mixed) {
-    if (stream.wide) {
-      fetch_as<float, V>(stream, offset, bits.words);
-      return;
-    }
-  }
-  fetch_as<T, V>(stream, offset, bits.words);
-}
-
 // Brings what was fetched into one form, whatever the mode: V elements of T, or V floats where `Mixed`. After it the
-// elements are taken one by one, which costs fewer registers than a converted copy of every vector. A number has no
-// place among the elements of a 16-bit T: such launches are Mixed.
+// elements are taken one by one, which costs fewer registers than a converted copy of every vector. A number among
+// the elements of a 16-bit T is one of them (operands that are any number make a launch Mixed).
 template <class T, int V, bool Mixed, class M>
 SI_INLINE void settle(const Stream<M>& stream, Bits<T, V, Mixed>& bits) {
   if (stream.mode == Mode::Number) {
-    if constexpr (sizeof(T) > 2) {
-      SI_UNROLL
-      for (int j = 0; j < V; ++j) {
-        put_element(bits.words, j, stream.number);
-      }
-    } else if constexpr (Mixed) {
-      SI_UNROLL
-      for (int j = 0; j < V; ++j) {
-        put_element(bits.words, j, stream.number);
+    SI_UNROLL
+    for (int j = 0; j < V; ++j) {
+      if constexpr (Mixed) {
+        put_element(bits.words, j, float(stream.number));
+      } else {
+        put_element(bits.words, j, narrow<T>(stream.number));
       }
     }
     return;

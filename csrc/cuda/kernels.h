@@ -2,6 +2,9 @@
 // over blocks and threads in the simulator. What lies between two barriers is one function.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "access.h"
 #include "bodies.h"
 
@@ -76,10 +79,34 @@ struct Inputs {
     if (stream.mode == Mode::Absent || stream.mode == Mode::Number) {
       return;
     }
+    if constexpr (std::decay_t<decltype(std::declval<Inputs&>().*Member)>::mixed) {
+      if (stream.wide) {
+        return fetch_as<Member, float>(stream, live, base, offsets, slot, inputs);
+      }
+    }
+    fetch_as<Member, T>(stream, live, base, offsets, slot, inputs);
+  }
+
+  // The branch on the mode is outside, so that the loads of one tensor follow each other.
+  template <auto Member, class E, int U, class Offset>
+  SI_INLINE static void fetch_as(const Stream<M>& stream, const bool (&live)[U], const uint64_t* base,
+                                 const Offset (&offsets)[U][kIns], int slot, Inputs (&inputs)[U]) {
+    if (V == 1 || stream.mode == Mode::Vector) {
+      fetch_as<Member, E, Mode::Vector>(stream, live, base, offsets, slot, inputs);
+    } else if (stream.mode == Mode::Same) {
+      fetch_as<Member, E, Mode::Same>(stream, live, base, offsets, slot, inputs);
+    } else {
+      fetch_as<Member, E, Mode::Elements>(stream, live, base, offsets, slot, inputs);
+    }
+  }
+
+  template <auto Member, class E, Mode mode, int U, class Offset>
+  SI_INLINE static void fetch_as(const Stream<M>& stream, const bool (&live)[U], const uint64_t* base,
+                                 const Offset (&offsets)[U][kIns], int slot, Inputs (&inputs)[U]) {
     SI_UNROLL
     for (int u = 0; u < U; ++u) {
       if (live[u]) {
-        tiles::fetch(stream, base[slot] + offsets[u][slot], inputs[u].*Member);
+        tiles::fetch_as<E, V, mode>(stream, base[slot] + offsets[u][slot], (inputs[u].*Member).words);
       }
     }
   }

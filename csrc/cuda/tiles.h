@@ -477,7 +477,8 @@ Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& t
   const int64_t column_blocks = ceil_divide(columns, int64_t(1) << params.log_columns);
   const int64_t outer_blocks = ceil_divide(outer_count, groups);
 
-  // How many partial sums each chunk of the loop adds to each result, and the memory that takes.
+  // How many partial sums each chunk of the loop adds to each result, and the memory that takes. The larger sum decides:
+  // two sums of one pattern are cut as each would be alone, so that asking for one does not change bits of the other.
   int64_t results[2] = {1, 1}, spread[2] = {1, 1}, bytes_per_chunk = 0;
   for (int i = 0; i < 2; ++i) {
     if (!wanted(i)) {
@@ -490,7 +491,7 @@ Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& t
       spread[i] *= keeps(i, int(outer_dims[n])) ? 1 : shape.sizes[outer_dims[n]];
     }
     spread[i] *= by_column && !keeps(i, 0) ? column_blocks : 1;
-    bytes_per_chunk += results[i] * spread[i] * int64_t(sizeof(M));
+    bytes_per_chunk = std::max(bytes_per_chunk, results[i] * spread[i] * int64_t(sizeof(M)));
   }
   int64_t chunks = std::max<int64_t>(kTargetBlocks / (column_blocks * outer_blocks), 1);
   chunks = std::min(chunks, std::max<int64_t>(loop_count / (lanes * unroll * 2), 1));
