@@ -42,12 +42,18 @@ class Call:
         operands = [torch.ones(ELEMENTS) if self.tensors else 1.5 for _ in op.operands]
         leaf = torch.ones(ELEMENTS, requires_grad=self.grad)
 
-        def chain() -> None:
-            x = leaf * 1
+        # Written out: passing operands by * would weigh as much as a call.
+        def chain_of_one() -> None:
+            x, (a,) = leaf * 1, operands
             for _ in range(CHAIN):
-                f(x, *operands)
+                f(x, a)
 
-        return chain
+        def chain_of_two() -> None:
+            x, (a, b) = leaf * 1, operands
+            for _ in range(CHAIN):
+                f(x, a, b)
+
+        return chain_of_one if len(operands) == 1 else chain_of_two
 
 
 def selection(ops: list[Op]) -> list[Call]:

@@ -214,7 +214,10 @@ def readme_section(folder: Path = RESULTS) -> str:
     files = result_files(folder)
     if not files:
         return "No results yet: `make bench` measures."
-    every = "Each promise, and every figure behind it: [benchmarks/results](benchmarks/results/README.md)."
+    every = (
+        "Each promise and every case measured: [benchmarks/results](benchmarks/results/README.md). What one call costs in "
+        "instructions: `python -m benchmarks calls --callgrind`."
+    )
     return "\n\n".join([*(summary(path) for path in files), every])
 
 
