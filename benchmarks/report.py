@@ -187,7 +187,7 @@ def about_text(about: dict[str, str]) -> str:
     extension = f"extension {about['extension']}, " if "extension" in about else ""
     return (
         f"{about['device']}; torch {about['torch']}, Python {about['python']}, commit {about['commit']}, "
-        f"{extension}{about['date']}: `{about['command']}`"
+        f"{extension}load before {about['load']}, {about['date']}: `{about['command']}`"
     )
 
 
@@ -215,8 +215,8 @@ def readme_section(folder: Path = RESULTS) -> str:
     if not files:
         return "No results yet: `make bench` measures."
     every = (
-        "Each promise and every case measured: [benchmarks/results](benchmarks/results/README.md). What one call costs in "
-        "instructions: `python -m benchmarks calls --callgrind`."
+        "Each promise and every case measured: [benchmarks/results](benchmarks/results/README.md). "
+        "What one call costs in instructions: `python -m benchmarks calls --callgrind`."
     )
     return "\n\n".join([*(summary(path) for path in files), every])
 

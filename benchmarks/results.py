@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import platform
 import re
 import shlex
@@ -84,6 +85,8 @@ def provenance(device: torch.device) -> dict[str, str]:
         "commit": commit(),
         "extension": hashlib.sha256(extension.read_bytes()).hexdigest()[:12],
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        # Of the last minute, before this run added to it: what else the machine was doing.
+        "load": f"{os.getloadavg()[0]:.1f}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
