@@ -31,8 +31,8 @@ from .results import Row
 class Effort:
     """Rounds through the implementations, and the least seconds of each implementation's turn."""
 
-    rounds: int = 5
-    seconds: float = 0.02
+    rounds: int = 3
+    seconds: float = 0.03
     compile: bool = True
 
 
