@@ -351,7 +351,8 @@ struct Reduce {
   using Element = T;
   using M = Math<T>;
   using Params = ReduceParams<M, I>;
-  static constexpr int U = V == 1 ? 2 : Mixed ? 3 : 4;
+  // What fits in 128 registers.
+  static constexpr int U = V == 1 ? 2 : !Mixed ? 4 : Body::reads_first && Body::reads_second ? 2 : 3;
 
   struct Shared {
     M sums[2][V][kThreads];
