@@ -176,7 +176,7 @@ at::Tensor gradient_by_formula(const Backward& backward, int position, const Ope
   if (!at::isComplexType(shape.dtype) && gradient.is_complex()) {
     gradient = at::real(gradient);
   }
-  return at::sum_to(std::move(gradient), at::IntArrayRef(shape.sizes)).to(shape.dtype);
+  return at::sum_to(std::move(gradient), c10::SymIntArrayRef(shape.sizes)).to(shape.dtype);
 }
 
 } // namespace safe_inplace

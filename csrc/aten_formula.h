@@ -1,7 +1,7 @@
 // The ops written in aten's own operations: for every tensor and every transform that the kernels do not know.
 #pragma once
 
-#include <c10/util/SmallVector.h>
+#include <ATen/core/DimVector.h>
 
 #include "operands.h"
 
@@ -11,7 +11,7 @@ namespace safe_inplace {
 void write_by_formula(const Call& call);
 
 struct OperandShape {
-  c10::SmallVector<int64_t, 5> sizes;
+  at::SymDimVector sizes; // symbols only while compiled autograd traces the node
   at::ScalarType dtype = at::kFloat;
 };
 

@@ -61,7 +61,10 @@ struct InplaceNode : Node {
       args.collect(variable, /*is_output=*/false);
     }
     for (const OperandShape& shape : shapes) {
-      args.collect(std::vector<int64_t>(shape.sizes.begin(), shape.sizes.end()));
+      args.collect(shape.sizes.size());
+      for (const c10::SymInt& size : shape.sizes) {
+        args.collect(size);
+      }
       args.collect(shape.dtype);
     }
   }
@@ -71,9 +74,19 @@ struct InplaceNode : Node {
     for (SavedVariable& variable : saved) {
       swap.before(variable);
     }
+    for (OperandShape& shape : shapes) {
+      for (c10::SymInt& size : shape.sizes) {
+        swap.before(size);
+      }
+    }
     variable_list result = apply(variable_list(inputs));
     for (SavedVariable& variable : saved) {
       swap.after(variable);
+    }
+    for (OperandShape& shape : shapes) {
+      for (c10::SymInt& size : shape.sizes) {
+        swap.after(size);
+      }
     }
     return result;
   }
@@ -102,7 +115,7 @@ NodePtr<InplaceNode> make_op_node(int op, OpList<Ops...>) {
 }
 
 OperandShape shape_of(const at::Tensor& tensor) {
-  return {c10::SmallVector<int64_t, 5>(tensor.sizes().begin(), tensor.sizes().end()), tensor.scalar_type()};
+  return {at::SymDimVector(tensor.sizes().begin(), tensor.sizes().end()), tensor.scalar_type()};
 }
 
 // The kept value was written aside by a kernel and has no history. Higher derivatives need one: it is the old input,
@@ -187,9 +200,10 @@ bool InplaceNode::run_kernel(Backward& backward, variable_list& results) {
     kept_is_free = kept.scalar_type() == dtype && may_overwrite_in_backward(kept);
   }
 
-  const auto full_size = [&](int position) {
-    return at::IntArrayRef(shapes[position].sizes) == backward.grad.sizes();
+  const auto sizes_of = [&](int position) {
+    return c10::asIntArrayRefUnchecked(shapes[position].sizes);
   };
+  const auto full_size = [&](int position) { return sizes_of(position) == backward.grad.sizes(); };
   // A gradient that equals the incoming one is the incoming one, as in torch's own add.
   const auto is_grad_itself = [&](int position) {
     const Partial& partial = info().partials[position];
@@ -228,7 +242,7 @@ bool InplaceNode::run_kernel(Backward& backward, variable_list& results) {
       }
     } else {
       const at::ScalarType out_dtype = shape.dtype == dtype ? dtype : math;
-      out = at::empty(at::IntArrayRef(shape.sizes), backward.grad.options().dtype(out_dtype));
+      out = at::empty(sizes_of(position), backward.grad.options().dtype(out_dtype));
     }
   }
   if (any) {

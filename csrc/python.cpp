@@ -208,7 +208,7 @@ PyObject* call_op(int index, PyObject* const* args, Py_ssize_t positional, PyObj
   if (signature.is_parameter(last) && values[last] != nullptr && !take_scalar(values[last], call.parameter)) {
     refuse(signature, last, values[last]);
   }
-  if (call.input->numel() >= kReleaseGilFrom) {
+  if (!call.input->unsafeGetTensorImpl()->has_symbolic_sizes_strides() && call.input->numel() >= kReleaseGilFrom) {
     const py::gil_scoped_release release;
     dispatch(call);
   } else {
