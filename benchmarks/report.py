@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from tests.op_table import OPS
 
 from . import targets
-from .cases import CALL, LAYOUTS, RECORDED, TRAINING
+from .cases import CALL, LAYOUTS, MODES, RECORDED, TRAINING, TRAINING_STEP
 from .implementations import COMPILED, COMPILED_IN_PLACE, IN_PLACE, ORDER, OURS, OUT_OF_PLACE
 from .results import RESULTS, ROOT, Row, Table, read, result_files
 
@@ -130,6 +130,12 @@ def largest_forward(rows: list[Row]) -> int:
     return max((r.size for r in rows if r.mode == "forward" and r.share), default=0)
 
 
+def largest_step(table: Table, op: str, mode: str) -> tuple:
+    """The largest case of training with vectors; one op's target is stated for a size of its own."""
+    steps = [case for case in table.cases if case[:3] == (op, "last_dim_vector", "float32") and case[4] == mode]
+    return max(steps, key=lambda case: case[3], default=(op, "last_dim_vector", "float32", 0, mode))
+
+
 TRAINED = [m for m in TRAINING if m.timed == "forward+backward"]
 
 
@@ -141,7 +147,7 @@ def per_op(rows: list[Row]) -> str:
             ratios(table, op.name, "full", "float32", CALL, RECORDED.name),
             ratios(table, op.name, "full", "float32", size, "forward"),
             ratios(table, op.name, "last_dim_vector", "float32", size, "forward"),
-            ratios(table, op.name, "last_dim_vector", "float32", size, TRAINED[-1].name),
+            ratios(table, *largest_step(table, op.name, TRAINED[-1].name)),
         ]
         for op in OPS
     ]
@@ -322,7 +328,10 @@ def plot_ratio(path: Path, out: Path) -> None:
     axes = axes.reshape(1, -1)
     for axis, op in zip(axes[0], OPS, strict=True):
         for height, (_, (layout, bytes_, mode)) in enumerate(reversed(lines)):
-            found = {r: table.ratio(r, OURS, op.name, layout, "float32", bytes_, mode) for r in RIVALS}
+            case = op.name, layout, "float32", bytes_, mode
+            if MODES[mode].backward:
+                case = largest_step(table, op.name, mode)
+            found = {r: table.ratio(r, OURS, *case) for r in RIVALS}
             values = [v for v in found.values() if v]
             if values:
                 axis.plot([min([1, *values]), max([1, *values])], [height, height], color="0.88", zorder=1)
@@ -344,7 +353,10 @@ def plot_ratio(path: Path, out: Path) -> None:
         v
         for r in RIVALS
         for case in table.cases
-        if (v := table.ratio(r, OURS, *case)) and case[4] != "step" and case[2] == "float32" and case[3] in (CALL, size)
+        if (v := table.ratio(r, OURS, *case))
+        and case[4] != "step"
+        and case[2] == "float32"
+        and case[3] in (CALL, size, TRAINING_STEP)
     ]
     if drawn:
         axes[0, 0].set_xlim(2 ** math.floor(math.log2(min(drawn))), 2 ** math.ceil(math.log2(max(drawn))))

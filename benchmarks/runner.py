@@ -12,7 +12,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from . import models as model_stacks
-from .cases import Case, MiB, past_cache
+from .cases import PAST_CACHE, Case
 from .implementations import COMPILED, OURS, OUT_OF_PLACE, compiler_works, implementations
 from .measure import (
     Clock,
@@ -40,10 +40,9 @@ class Reference:
     """What shares are shares of: on CPU torch's contiguous in-place float32 add_, on a GPU the device's own copy."""
 
     def __init__(self, device: torch.device) -> None:
-        size = past_cache(device)
         self.device = device
-        self.target, self.source = (torch.ones(size // 4, device=device) for _ in range(2))
-        self.bytes = (3 if device.type == "cpu" else 2) * size
+        self.target, self.source = (torch.ones(PAST_CACHE // 4, device=device) for _ in range(2))
+        self.bytes = (3 if device.type == "cpu" else 2) * PAST_CACHE
 
     def __call__(self) -> None:
         if self.device.type == "cpu":
@@ -105,7 +104,7 @@ def run_case(case: Case, device: torch.device, effort: Effort, reference: Refere
                 )
             del state
             samplers[name] = sampler(workload, function, device)
-        if case.size >= 32 * MiB or device.type == "cuda":
+        if case.size >= PAST_CACHE or device.type == "cuda":
             samplers[COPY] = reference.samples
         samples = in_turns(samplers, effort)
     copy = None

@@ -10,11 +10,9 @@ import torch
 
 from tests.op_table import BY_NAME, OPS
 
-from .cases import CALL, LAYOUTS, MODES, RECORDED, TRAINING, Case, MiB
+from .cases import CALL, LAYOUTS, MODES, PAST_CACHE, RECORDED, TRAINING, TRAINING_STEP, Case
 from .implementations import COMPILED, IN_PLACE, OURS, OUT_OF_PLACE
 from .results import Row, Table
-
-LARGE = 64 * MiB
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def calls(table: Table) -> Iterator[Verdict]:
 
 def forward_rows(table: Table, dtype: str) -> list[Row]:
     rows = [r for r in table.rows if r.implementation == OURS and r.mode == "forward" and r.dtype == dtype and r.share]
-    return [r for r in rows if r.size == max(r.size for r in rows) and r.size >= LARGE]
+    return [r for r in rows if r.size == max(r.size for r in rows) and r.size >= PAST_CACHE]
 
 
 def cpu_forward(table: Table) -> Iterator[Verdict]:
@@ -83,7 +81,7 @@ def training(table: Table) -> Iterator[Verdict]:
             continue
         wanted = {OUT_OF_PLACE: 2.0, COMPILED: 1.25} if mode.holder == "caller" else {OUT_OF_PLACE: 3.0, COMPILED: 2.0}
         for rival, target in wanted.items():
-            ratio = table.ratio(rival, OURS, "mul_add_", "last_dim_vector", "float32", 65536 * 512 * 4, mode.name)
+            ratio = table.ratio(rival, OURS, "mul_add_", "last_dim_vector", "float32", TRAINING_STEP, mode.name)
             if ratio is not None:
                 who = "eager" if rival == OUT_OF_PLACE else rival
                 yield Verdict(promise, f"{who}, gradient held by the {mode.holder}", target, ratio)
@@ -91,7 +89,7 @@ def training(table: Table) -> Iterator[Verdict]:
 
 def cuda_bandwidth(table: Table) -> Iterator[Verdict]:
     for row in table.rows:
-        if row.implementation != OURS or not row.share or row.size < LARGE:
+        if row.implementation != OURS or not row.share or row.size < PAST_CACHE:
             continue
         what = f"{row.op} {row.layout} {row.dtype} {row.size >> 20} MiB, {row.mode}"
         yield Verdict("bytes per second over a device copy's", what, 0.95, row.share)
