@@ -31,6 +31,7 @@ struct InplaceNode : Node {
   // What the gradients are multiplied by: the operands, then the kept value.
   SavedVariable saved[3];
   at::Scalar numbers[2];
+  bool saved_were_read = false;
   // Of input, first and second operand; numbers have none.
   OperandShape shapes[3];
 
@@ -46,6 +47,10 @@ struct InplaceNode : Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    // A pass that asked for `shift` alone read nothing: torch's own two nodes would leave the product's values alone.
+    if (!saved_were_read) {
+      return;
+    }
     for (SavedVariable& variable : saved) {
       variable.reset_data();
     }
@@ -146,6 +151,7 @@ void InplaceNode::unpack(Backward& backward) {
     if (factor == Factor::One || !wanted(position) || backward.factors[int(factor)].tensor.defined()) {
       continue;
     }
+    saved_were_read = true;
     FactorValue& value = backward.factors[int(factor)];
     value.tensor = saved[int(factor)].unpack();
     if (!value.tensor.defined() && factor != Factor::Kept) {
