@@ -125,7 +125,9 @@ benchmarks() {
   "$python" -m benchmarks run --device "$device" ${BENCH_ARGS-}
   local rc=$?
   "$python" -m benchmarks report
-  tar -czf "$out/results.tar.gz" benchmarks/results $(git ls-files -m -o --exclude-standard docs README.md 2> /dev/null)
+  # The result files, and whatever the report renewed from them.
+  { ls -d benchmarks/results; git ls-files -m -o --exclude-standard docs README.md; } 2> /dev/null |
+    tar -czf "$out/results.tar.gz" --files-from -
   return $rc
 }
 
