@@ -99,7 +99,7 @@ void collect(const Signature& signature, PyObject* const* args, Py_ssize_t posit
 bool is_numpy_scalar(PyObject* value) {
   // Only a program that has imported NumPy can own one.
   PyObject* const numpy = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy");
-  return numpy != nullptr && py::isinstance(value, py::handle(numpy).attr("number"));
+  return numpy != nullptr && py::isinstance(value, py::handle(numpy).attr("generic"));
 }
 
 bool take_scalar(PyObject* value, at::Scalar& out) {
