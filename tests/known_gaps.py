@@ -6,10 +6,9 @@ import re
 GAPS = [
     (r"test_compiled_autograd\[", "compiled autograd mixes the node's sizes up once they are symbols"),
     (r"test_automatic_dynamic_numbers\[", "a number that changes from call to call is compiled anew each time"),
-    (r"test_vmap_over_every_argument_set\[", "under vmap an unbatched input is refused in other words than torch's"),
+    (r"test_vmap_over_every_argument_set\[(add_|add_mul_|mul_add_)\]", "an unbatched input under vmap: the refusal does not name vmap"),
     (r"test_unusual_(operand|input)_works_where_torch_works\[.*(sparse|mkldnn|nested)", "sparse, mkldnn, nested: fused ops"),
-    (r"test_programs_end_in_every_way$", "the mix of refusals in 2,000 programs moved when ours began to finish more"),
-    (r"test_readme_is_what_the_result_files_say$", "the README's table is older than the last result file"),
+    (r"test_programs_end_in_every_way$", "one way to end is rarer than the test asks for; cause not found yet"),
 ]
 
 
