@@ -164,7 +164,8 @@ void write_by_formula(const Call& original) {
 
 at::Tensor gradient_by_formula(const Backward& backward, int position, const OperandShape& shape) {
   const Partial& partial = infos[backward.op].partials[position];
-  at::Tensor gradient = backward.grad;
+  // As in the kernels: products are rounded to the operand's dtype after they are summed.
+  at::Tensor gradient = widened(backward.grad);
   if (partial.factor != Factor::One) {
     const FactorValue& factor = backward.factors[int(partial.factor)];
     gradient = factor.tensor.defined() ? at::mul(gradient, factor.tensor.conj())

@@ -31,7 +31,7 @@ struct InplaceNode : Node {
   // What the gradients are multiplied by: the operands, then the kept value.
   SavedVariable saved[3];
   at::Scalar numbers[2];
-  bool saved_were_read = false;
+  mutable bool saved_were_read = false;
   // Of input, first and second operand; numbers have none.
   OperandShape shapes[3];
 
@@ -57,6 +57,7 @@ struct InplaceNode : Node {
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    saved_were_read = true; // the compiled graph takes them as its inputs
     args.collect(op);
     args.collect(parameter);
     for (const at::Scalar& number : numbers) {
@@ -75,26 +76,7 @@ struct InplaceNode : Node {
   }
 
   variable_list apply_with_saved(const variable_list& inputs,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (SavedVariable& variable : saved) {
-      swap.before(variable);
-    }
-    for (OperandShape& shape : shapes) {
-      for (c10::SymInt& size : shape.sizes) {
-        swap.before(size);
-      }
-    }
-    variable_list result = apply(variable_list(inputs));
-    for (SavedVariable& variable : saved) {
-      swap.after(variable);
-    }
-    for (OperandShape& shape : shapes) {
-      for (c10::SymInt& size : shape.sizes) {
-        swap.after(size);
-      }
-    }
-    return result;
-  }
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override;
 
   variable_list apply(variable_list&& grads) override;
 
@@ -181,6 +163,75 @@ variable_list InplaceNode::apply(variable_list&& grads) {
     if (wanted(position)) {
       results[position] = gradient_by_formula(backward, position, shapes[position]);
     }
+  }
+  return results;
+}
+
+// The node as a function of its gradient and of what it holds, as compiled autograd calls it while it traces.
+variable_list gradients_by_formula(const variable_list& grads, const std::vector<c10::IValue>& held) {
+  torch::dynamo::autograd::PackedArgs args(held);
+  Backward backward;
+  backward.grad = grads[0];
+  backward.op = static_cast<int>(args.unpack<int64_t>());
+  backward.parameter = args.unpack<at::Scalar>();
+  const auto wanted = args.unpack<std::vector<bool>>();
+  for (FactorValue& factor : backward.factors) {
+    factor.tensor = args.unpack<at::Tensor>();
+    factor.number = args.unpack<at::Scalar>();
+  }
+  variable_list results(wanted.size());
+  for (size_t position = 0; position < wanted.size(); ++position) {
+    const auto sizes = args.unpack<std::vector<c10::SymInt>>();
+    const auto dtype = args.unpack<at::ScalarType>();
+    if (wanted[position] && backward.grad.defined()) {
+      results[position] = gradient_by_formula(backward, static_cast<int>(position), {{sizes.begin(), sizes.end()}, dtype});
+    }
+  }
+  return results;
+}
+
+// Compiled autograd hands out gradients without sizes and asks for a function that it can put into its graph.
+variable_list InplaceNode::apply_with_saved(const variable_list& inputs,
+                                            torch::dynamo::autograd::SwapSavedVariables& swap) {
+  for (SavedVariable& variable : saved) {
+    swap.before(variable);
+  }
+  for (OperandShape& shape : shapes) {
+    swap.before(shape.sizes);
+  }
+  torch::dynamo::autograd::PackedArgs args;
+  std::vector<at::TypePtr> types;
+  const auto pack = [&]<class T>(const T& value) {
+    args.pack(value);
+    types.push_back(torch::dynamo::autograd::IValuePacker<T>::packed_type());
+  };
+  pack(int64_t(op));
+  pack(parameter);
+  std::vector<bool> wanted_outputs;
+  for (int position = 0; position < static_cast<int>(num_outputs()); ++position) {
+    wanted_outputs.push_back(wanted(position));
+  }
+  pack(wanted_outputs);
+  for (int factor = 0; factor < 3; ++factor) {
+    pack(saved[factor].unpack());
+    pack(factor < 2 ? numbers[factor] : at::Scalar(0));
+  }
+  for (size_t position = 0; position < wanted_outputs.size(); ++position) {
+    pack(std::vector<c10::SymInt>(shapes[position].sizes.begin(), shapes[position].sizes.end()));
+    pack(shapes[position].dtype);
+  }
+  const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+  const std::string function = compiler->bind_function(swap.get_py_compiler(), name(), gradients_by_formula, types,
+                                                       /*is_custom_function=*/true, /*is_traceable=*/true);
+  using Metadata = std::vector<std::optional<torch::autograd::InputMetadata>>;
+  variable_list results = compiler->call_function(
+      swap.get_py_compiler(), "apply_functional", function, inputs, std::move(args).vec(),
+      torch::dynamo::autograd::IValuePacker<Metadata>::pack(torch::dynamo::autograd::get_input_metadata(next_edges())));
+  for (SavedVariable& variable : saved) {
+    swap.after(variable);
+  }
+  for (OperandShape& shape : shapes) {
+    swap.after(shape.sizes);
   }
   return results;
 }

@@ -461,18 +461,41 @@ def test_jit_trace(op):
     close(traced(*leaves), f(*leaves))
 
 
+@pytest.mark.parametrize("numbers", [False, True], ids=["tensors", "numbers"])
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_compiled_autograd(op):
-    """Our nodes are run by compiled autograd as by the engine."""
-    leaves = leaves_of(op)
+def test_compiled_autograd(op, numbers):
+    """Our nodes are run by compiled autograd as by the engine, when sizes change as well, and their graph is released."""
+    for rows in (4, 5, 6):
+        input, *vectors = leaves_of(op, shape=(rows, 3))
+        operands = [0.75] * len(vectors) if numbers else vectors
+        leaves = [input] if numbers else [input, *vectors]
+
+        def total():
+            return op.function(input.sin(), *operands, **op.parameters(0.5)).pow(2).sum()
+
+        expected = torch.autograd.grad(total(), leaves)
+        loss = total()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        close([t.grad for t in leaves], list(expected))
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("op", OPS, **op_ids)
+def test_compiled_autograd_of_mixed_dtypes_and_some_gradients(op):
+    input = random_tensor((4, 3), torch.bfloat16).requires_grad_()
+    operands = [random_tensor((3,), torch.float32).requires_grad_() for _ in op.operands]
+    wanted = [input, operands[-1]]
 
     def total():
-        return op.function(leaves[0].sin(), *leaves[1:]).pow(2).sum()
+        return op.function(input.sin(), *operands).float().sum()
 
-    expected = torch.autograd.grad(total(), leaves)
+    expected = torch.autograd.grad(total(), wanted)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-        total().backward()
-    close([t.grad for t in leaves], list(expected))
+        actual = torch.autograd.grad(total(), wanted)
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("op", OPS, **op_ids)
