@@ -69,7 +69,8 @@ struct Protected {
 void write_result(const at::Tensor& input, const at::Tensor& result) {
   TORCH_CHECK(at::canCast(result.scalar_type(), input.scalar_type()), "result type ", result.scalar_type(),
               " can't be cast to the desired output type ", input.scalar_type());
-  TORCH_CHECK(result.sym_sizes() == input.sym_sizes(), "output with shape ", input.sym_sizes(),
+  // A nested tensor has no sizes; its copy_ compares what it has.
+  TORCH_CHECK(input.is_nested() || result.sym_sizes() == input.sym_sizes(), "output with shape ", input.sym_sizes(),
               " doesn't match the broadcast shape ", result.sym_sizes());
   input.copy_(result);
 }
@@ -123,7 +124,6 @@ void check_devices(const Call& call) {
   }
 }
 
-// Sparse, mkldnn and nested tensors lack the general forms: what torch's two methods do, with two raises of the version.
 bool is_dense(const Call& call) {
   bool dense = call.input->layout() == at::kStrided && !call.input->is_nested();
   for (const Operand& operand : call.operands) {
@@ -132,11 +132,30 @@ bool is_dense(const Call& call) {
   return dense;
 }
 
+// Sparse, mkldnn and nested tensors lack the general forms: what torch's two methods do, with two raises of the version.
 void two_steps(const Call& call) {
-  const Call add{op_index<Add>, call.input, {call.operands[call.op == op_index<AddMul> ? 0 : 1], {}}, 1};
-  const Call mul{op_index<Mul>, call.input, {call.operands[call.op == op_index<AddMul> ? 1 : 0], {}}, 1};
-  write_by_formula(call.op == op_index<AddMul> ? add : mul);
-  write_by_formula(call.op == op_index<AddMul> ? mul : add);
+  const int added = call.op == op_index<AddMul> ? 0 : 1;
+  const Call add{op_index<Add>, call.input, {call.operands[added], {}}, 1};
+  const Call mul{op_index<Mul>, call.input, {call.operands[1 - added], {}}, 1};
+  Call steps[2] = {call.op == op_index<AddMul> ? add : mul, call.op == op_index<AddMul> ? mul : add};
+  // The first step may write what the second one reads: whether these layouts share memory, their tensors do not tell.
+  at::Tensor second;
+  if (const at::Tensor* operand = steps[1].operands[0].tensor) {
+    second = operand->clone();
+    steps[1].operands[0].tensor = &second;
+  }
+  {
+    // The second step may be refused when the first has been written: a copy of the input goes ahead.
+    const at::NoGradGuard no_grad;
+    const at::Tensor trial = call.input->clone();
+    for (Call step : steps) {
+      step.input = &trial;
+      write_by_formula(step);
+    }
+  }
+  for (const Call& step : steps) {
+    write_by_formula(step);
+  }
 }
 
 } // namespace

@@ -215,6 +215,10 @@ def generate(seed) -> Program:
         destination = target(no_grad)
         if destination is None:
             return
+        if rng.random() < 0.4:
+            # nothing has saved what was just made: most programs should get through their backward
+            unary(destination, rng.choice(["clone", "neg"]))
+            destination = len(variables) - 1
         op = rng.choice(OPS)
         operands = []
         for _ in op.operands:
