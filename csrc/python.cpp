@@ -10,6 +10,7 @@
 
 #include <pybind11/gil_safe_call_once.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -256,14 +257,30 @@ py::dict build_info() {
 }
 
 template <class... Ops>
-void add_doors(PyObject* module, OpList<Ops...>) {
-  static PyMethodDef methods[] = {
-      {Ops::name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door<op_index<Ops>>)),
-       METH_FASTCALL | METH_KEYWORDS, nullptr}...,
-      {nullptr, nullptr, 0, nullptr}};
-  if (PyModule_AddFunctions(module, methods) != 0) {
-    throw py::error_already_set();
+PyCFunction door_of(const std::string& name, OpList<Ops...>) {
+  PyCFunction found = nullptr;
+  ((name == Ops::name
+        ? void(found = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door<op_index<Ops>>)))
+        : void()),
+   ...);
+  return found;
+}
+
+// An op as a built-in function of the Python module that documents it.
+py::object make_door(const std::string& name, const std::string& documentation, const py::str& module) {
+  struct Door {
+    std::string name, documentation;
+    PyMethodDef definition;
+  };
+  const PyCFunction function = door_of(name, AllOps{});
+  if (function == nullptr) {
+    throw py::key_error(name);
   }
+  const auto* info = std::find_if(std::begin(infos), std::end(infos), [&](const OpInfo& op) { return name == op.name; });
+  // inspect.signature reads the first line. The interpreter keeps the definition as long as it runs.
+  auto* made = new Door{name, Signature{*info}.text() + "\n--\n\n" + documentation, {}};
+  made->definition = {made->name.c_str(), function, METH_FASTCALL | METH_KEYWORDS, made->documentation.c_str()};
+  return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&made->definition, nullptr, module.ptr()));
 }
 
 // With an index limit: the CUDA kernels' code, run on the host, takes the place of the CPU's kernels; with None, the
@@ -294,7 +311,7 @@ py::list simulated_launches() {
 
 PYBIND11_MODULE(_C, m) {
   register_node_types();
-  add_doors(m.ptr(), AllOps{});
+  m.def("make_door", make_door, py::arg("name"), py::arg("documentation"), py::arg("module"));
   m.def("op_table", op_table);
   m.def("build_info", build_info);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });

@@ -1,24 +1,53 @@
 """The in-place ops.
 
-Each function is a thin face of a C++ op: for plain tensors the work is one call into `_C`. Where a compiler traces the
-program the dispatcher's op is called instead; it unfolds into aten operations, which the compiler fuses as it likes.
+Each function here is the formula of an op, and that is what a compiler traces. Its name stands for the C door of
+`_C`, which eager calls enter with no Python in between.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from . import _C
+from . import _C, _dynamo
 
 __all__ = ["add_", "add_mul_", "addcmul_", "mul_", "mul_add_"]
 
 Number = int | float | complex | bool
 Operand = Tensor | Number
+F = TypeVar("F", bound=Callable[..., Tensor])
 
 
+def _op(formula: F) -> F:
+    """The door to the op, with the name, the documentation and, for compilers, the body of `formula`."""
+    door = _C.make_door(formula.__name__, formula.__doc__, __name__)
+    _dynamo.trace_as(door, formula)
+    return door
+
+
+def _old(input: Tensor) -> Tensor:
+    """A copy of what will be overwritten, in the dtype that the fused formulas compute in."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    return input.to(torch.float32 if half else input.dtype, copy=True)
+
+
+def _beside(input: Tensor, operand: Operand) -> Operand:
+    return operand.clone() if operand is input else operand
+
+
+def _category(dtype: torch.dtype) -> int:
+    return 3 if dtype.is_complex else 2 if dtype.is_floating_point else 0 if dtype is torch.bool else 1
+
+
+def _write(input: Tensor, result: Tensor) -> Tensor:
+    # What torch.can_cast says, which Dynamo does not trace; copy_ refuses the rest.
+    if _category(result.dtype) > _category(input.dtype):
+        raise RuntimeError(f"result type {result.dtype} can't be cast to the desired output type {input.dtype}")
+    return input.copy_(result)
+
+
+@_op
 def add_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
     r"""Adds to ``input`` in place: ``input + alpha * other``. Bit for bit what ``input.add_(other, alpha=alpha)`` writes.
 
@@ -45,12 +74,10 @@ def add_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
         >>> safe_inplace.add_(x, torch.tensor([10.0, 20.0]), alpha=0.5)
         tensor([ 6., 12.])
     """
-    if is_compiling():
-        torch.ops.safe_inplace.add_(input, other, alpha=alpha)
-        return input
-    return _C.add_(input, other, alpha=alpha)
+    return input.add_(other, alpha=alpha)
 
 
+@_op
 def mul_(input: Tensor, other: Operand) -> Tensor:
     r"""Multiplies ``input`` in place: ``input * other``. Bit for bit what ``input.mul_(other)`` writes.
 
@@ -74,12 +101,10 @@ def mul_(input: Tensor, other: Operand) -> Tensor:
         >>> safe_inplace.mul_(x, x)
         tensor([1., 4.])
     """
-    if is_compiling():
-        torch.ops.safe_inplace.mul_(input, other)
-        return input
-    return _C.mul_(input, other)
+    return input.mul_(other)
 
 
+@_op
 def add_mul_(input: Tensor, other: Operand, scale: Operand) -> Tensor:
     r"""Adds, then scales, in place and in one pass: ``(input + other) * scale``.
 
@@ -105,12 +130,10 @@ def add_mul_(input: Tensor, other: Operand, scale: Operand) -> Tensor:
         >>> safe_inplace.add_mul_(scores, bias, 0.5)
         tensor([2., 3.])
     """
-    if is_compiling():
-        torch.ops.safe_inplace.add_mul_(input, other, scale)
-        return input
-    return _C.add_mul_(input, other, scale)
+    return _write(input, (_old(input) + _beside(input, other)) * _beside(input, scale))
 
 
+@_op
 def mul_add_(input: Tensor, scale: Operand, shift: Operand) -> Tensor:
     r"""Scales and shifts in place and in one pass: ``input * scale + shift`` (modulation, affine).
 
@@ -138,12 +161,10 @@ def mul_add_(input: Tensor, scale: Operand, shift: Operand) -> Tensor:
         tensor([[ 3., 21.],
                 [ 7., 41.]])
     """
-    if is_compiling():
-        torch.ops.safe_inplace.mul_add_(input, scale, shift)
-        return input
-    return _C.mul_add_(input, scale, shift)
+    return _write(input, _old(input) * _beside(input, scale) + _beside(input, shift))
 
 
+@_op
 def addcmul_(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number = 1) -> Tensor:
     r"""Adds a product in place: ``input + value * tensor1 * tensor2`` (residual with LayerScale or a gate).
 
@@ -171,10 +192,11 @@ def addcmul_(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number
         >>> safe_inplace.addcmul_(x, branch, gamma)
         tensor([2., 7.])
     """
-    if is_compiling():
-        torch.ops.safe_inplace.addcmul_(input, tensor1, tensor2, value=value)
-        return input
-    return _C.addcmul_(input, tensor1, tensor2, value=value)
+    if isinstance(tensor1, Tensor) and isinstance(tensor2, Tensor):
+        return input.addcmul_(_beside(input, tensor1), _beside(input, tensor2), value=value)
+    tensor, number = (tensor1, tensor2) if isinstance(tensor1, Tensor) else (tensor2, tensor1)
+    product = (_old(tensor) if isinstance(tensor, Tensor) else tensor) * number
+    return _write(input, torch.add(_old(input), product, alpha=value))
 
 
 def _call_override(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,8 +7,6 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import pytest
 import torch
 
-from tests.known_gaps import gap_of
-
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -45,8 +43,3 @@ def fresh_dynamo():
     yield
     torch._dynamo.reset()
 
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if why := gap_of(item.nodeid):
-            item.add_marker(pytest.mark.xfail(reason=why, strict=False))

@@ -1,5 +1,8 @@
 """opcheck, torch.compile and export: the tensor as graph input, as intermediate, as view."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -528,3 +531,37 @@ def test_compiled_results_repeat(op):
     for _ in range(3):
         for a, b in zip(run(compiled, leaves), first):
             assert_bit_equal(a, b)
+
+
+IMPORTS = {
+    "dynamo first": "import torch._dynamo, safe_inplace",
+    "dynamo later": "import safe_inplace; assert 'torch._dynamo' not in sys.modules, 'import takes twice as long'",
+    "dynamo by an optimizer": "import safe_inplace; torch.optim.SGD([torch.ones(1)])",
+}
+
+
+@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS.keys())
+def test_dynamo_learns_of_the_ops_whenever_it_is_imported(imports):
+    program = f"""
+import sys, torch
+{imports}
+x = torch.ones(3)
+assert torch.compile(lambda x: safe_inplace.mul_add_(x * 1, 2, 1), backend="eager", fullgraph=True)(x).tolist() == [3.0] * 3
+assert torch.compile(safe_inplace.mul_, backend="eager", fullgraph=True)(x, 2).tolist() == [2.0] * 3
+assert not any("safe_inplace" in type(finder).__module__ for finder in sys.meta_path)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_public_functions_are_built_in():
+    """No Python between a call and the dispatcher; what Python knows of a function is there all the same."""
+    import inspect
+    import pickle
+    import types
+
+    for op in OPS:
+        assert isinstance(op.function, types.BuiltinFunctionType)
+        assert op.function.__module__ == "safe_inplace.ops" and op.function.__name__ == op.name
+        assert pickle.loads(pickle.dumps(op.function)) is op.function
+        assert str(inspect.signature(op.function)).startswith("(input, ")

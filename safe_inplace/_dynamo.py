@@ -1,0 +1,49 @@
+"""What Dynamo traces in place of a C function.
+
+Importing Dynamo takes as long as importing the rest of torch, and most programs never compile: it is told when something
+imports it.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_DYNAMO = "torch._dynamo"
+_waiting: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
+
+
+def trace_as(function: Callable[..., Any], traced: Callable[..., Any]) -> None:
+    """Makes compilers see `traced` wherever a program calls `function`."""
+    if _DYNAMO in sys.modules:
+        torch.compiler.substitute_in_graph(function)(traced)
+        return
+    if not _waiting:
+        sys.meta_path.insert(0, _Watcher())
+    _waiting.append((function, traced))
+
+
+class _Watcher(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _DYNAMO:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_tell(module: ModuleType) -> None:
+            execute(module)
+            while _waiting:
+                function, traced = _waiting.pop()
+                torch.compiler.substitute_in_graph(function)(traced)
+
+        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
