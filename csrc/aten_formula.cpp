@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ScalarOps.h>
 #include <c10/core/GradMode.h>
 
@@ -43,24 +44,31 @@ bool needs_gradient(const Call& call) {
   return false;
 }
 
-// The call with everything that autograd would save, and that the write overwrites, replaced by a copy.
+// The call with a copy in place of everything that autograd would save and the write overwrites, and of operands that
+// torch's kernels would read while they write them.
 struct Protected {
   at::Tensor input;
   at::Tensor copies[2];
   Call call;
 
   explicit Protected(const Call& original) : input(*original.input), call(original) {
-    if (!needs_gradient(original)) {
-      return;
-    }
+    const bool plain = is_plain(original);
+    const bool gradient = needs_gradient(original);
     for (int i = 0; i < 2; ++i) {
       const at::Tensor* operand = original.operands[i].tensor;
-      if (operand != nullptr && (operand->is_same(input) || share_storage(*operand, input))) {
+      if (operand == nullptr) {
+        continue;
+      }
+      if (plain && !operand->is_same(input)) {
+        at::assert_no_partial_overlap(input, *operand);
+      }
+      const bool saved = gradient && (operand->is_same(input) || share_storage(*operand, input));
+      if (saved || (plain && !readable_in_place(input, *operand))) {
         copies[i] = operand->clone();
         call.operands[i].tensor = &copies[i];
       }
     }
-    if (original.info().kept == Kept::Input) {
+    if (gradient && original.info().kept == Kept::Input) {
       input = input.clone();
     }
   }

@@ -198,7 +198,8 @@ std::pair<uintptr_t, uintptr_t> byte_range(const at::Tensor& tensor) {
   return {begin, begin + (last + 1) * tensor.element_size()};
 }
 
-// Whether reading the operand element by element beside writing the input gives what reading all of it first would.
+} // namespace
+
 bool readable_in_place(const at::Tensor& input, const at::Tensor& operand) {
   if (!share_storage(input, operand) || operand.numel() == 0) {
     return true;
@@ -215,6 +216,8 @@ bool readable_in_place(const at::Tensor& input, const at::Tensor& operand) {
   const auto [operand_begin, operand_end] = byte_range(operand);
   return input_end <= operand_begin || operand_end <= input_begin;
 }
+
+namespace {
 
 // The tensors of a plan while its dimensions are still those of the input.
 struct Layout {

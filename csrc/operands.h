@@ -39,6 +39,9 @@ void check_writable(const at::Tensor& input);
 
 bool share_storage(const at::Tensor& a, const at::Tensor& b);
 
+// Whether reading the operand element by element beside writing the input gives what reading all of it first would.
+bool readable_in_place(const at::Tensor& input, const at::Tensor& operand);
+
 struct Forward {
   ForwardPlan plan;
   at::Tensor copies[2]; // of operands that overlap the input in a way that cannot be read element by element

@@ -98,6 +98,7 @@ def views(base):
         "interleaved_columns": (base[:, 0::2], base[:, 1::2]),
         "column_of_itself": (base, base[:, :1]),
         "row_of_itself": (base, base[2:3]),
+        "column_as_a_row": (base, base[:, 1]),
         "element_of_itself": (base, base[1, 1]),
         "detached_self": (base, base.detach()),
         "data_of_self": (base, base.data),
@@ -126,13 +127,24 @@ def run_pair(call, name, prepare):
     return "end", (base.detach().clone(), grad), base
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
+# With a parameter, add_ is torch's kernel; integers have no kernel of ours at all.
+KINDS = {
+    "kernel": (torch.float64, False, None),
+    "recorded": (torch.float64, True, None),
+    "parameter": (torch.float64, False, 2),
+    "recorded parameter": (torch.float64, True, 2),
+    "integers": (torch.int64, False, None),
+}
+
+
+@pytest.mark.parametrize("dtype, requires_grad, parameter", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("name", views(torch.zeros(4, 4)).keys())
 @pytest.mark.parametrize("op, where", PLACEMENTS, **placement_ids)
-def test_views_of_the_same_base(op, where, name, requires_grad):
+def test_views_of_the_same_base(op, where, name, dtype, requires_grad, parameter):
     """The out-of-place result, or a refusal where torch's own ops refuse the overlap."""
-    values = torch.randn(4, 4, dtype=torch.float64)
-    other = torch.tensor(1.5, dtype=torch.float64)
+    values = torch.randn(4, 4, dtype=torch.float64).mul(8).to(dtype)
+    other = torch.tensor(3, dtype=dtype)
+    parameters = op.parameters(parameter)
 
     def prepare():
         leaf = values.clone().requires_grad_(requires_grad)
@@ -141,7 +153,7 @@ def test_views_of_the_same_base(op, where, name, requires_grad):
     def operands(operand):
         return [operand if i in where else other for i in range(len(op.operands))]
 
-    ours, result, base = run_pair(lambda x, o: op.function(x, *operands(o)), name, prepare)
+    ours, result, base = run_pair(lambda x, o: op.function(x, *operands(o), **parameters), name, prepare)
     if ours == "call":
         overlap, words, _ = run_pair(lambda x, o: x.add_(o), name, prepare)
         assert overlap == "call", f"refused what torch accepts: {result}"
@@ -149,11 +161,11 @@ def test_views_of_the_same_base(op, where, name, requires_grad):
         assert_bit_equal(base, values * 1)
         return
     if ours == "backward":
-        steps, _, _ = run_pair(lambda x, o: op.two_step(x, *operands(o)), name, prepare)
+        steps, _, _ = run_pair(lambda x, o: op.two_step(x, *operands(o), **parameters), name, prepare)
         assert steps != "end", f"torch's own steps are not refused: {result}"
         return
     _, expected, _ = run_pair(
-        lambda x, o: x.copy_(op.out_of_place(x.clone(), *[v.clone() for v in operands(o)])),
+        lambda x, o: x.copy_(op.out_of_place(x.clone(), *[v.clone() for v in operands(o)], **parameters)),
         name,
         prepare,
     )
