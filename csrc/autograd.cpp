@@ -410,6 +410,11 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
   bool any_requires_grad = false;
   if (c10::GradMode::is_enabled()) {
     any_requires_grad = call.input->requires_grad();
+    if (any_requires_grad && call.input->is_view()) {
+      // A view whose base has been written since learns of its history when somebody asks; until then it counts as a leaf
+      // and would be refused.
+      call.input->grad_fn();
+    }
     for (const Operand& operand : call.operands) {
       any_requires_grad = any_requires_grad || requires_grad(operand);
     }

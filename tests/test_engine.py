@@ -354,6 +354,24 @@ def test_copy_slices_hooks_and_nested_views(op):
     )
 
 
+def test_view_whose_base_only_now_requires_grad(op):
+    """To torch's methods such a view is a leaf until somebody asks for its grad_fn: they refuse it."""
+    leaf = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    operands = [torch.randn(2, 3, dtype=torch.float64) for _ in op.operands]
+
+    def run(write):
+        base = torch.ones(2, 3, dtype=torch.float64)
+        view = base[:]
+        base[0] = leaf
+        write(view, *operands)
+        return torch.autograd.grad((base * base).sum(), leaf)[0]
+
+    with pytest.raises(RuntimeError, match="a leaf Variable"):
+        run(lambda view, *o: op.two_step(view, *o))
+    expected = run(lambda view, *o: view.copy_(op.out_of_place(view, *o)))
+    torch.testing.assert_close(run(op.function), expected)
+
+
 def test_deepcopy_and_pickle(op):
     leaf = random_tensor((4, 3), torch.float64)
     result = op.function(leaf.clone(), *[2.0] * len(op.operands))
