@@ -341,16 +341,17 @@ bool place_operand(const Operand& operand, const at::Tensor& value, const at::Te
   return true;
 }
 
-// Where torch's CPU kernel rounds a product and a sum once in the body of a row and twice at its end, or the other way
-// round, only torch's kernel gives torch's bits.
-bool rounds_by_position(const Call& call) {
-  if (!call.input->is_cpu()) {
+// Calls whose bits only torch's own kernel gives. On a CPU it rounds a product and a sum once in the body of a row and twice
+// at its end, or the other way round. On a GPU its product with a complex number is number * input: of the two products in
+// an imaginary part the compiler fuses the first with the sum, so that the order shows in the last bit.
+bool needs_torch_kernel(const Call& call) {
+  if (call.op == op_index<Add>) {
+    return call.input->is_cpu() && !call.parameter.equal(1) && !call.parameter.equal(-1);
+  }
+  if (call.op != op_index<Mul> || !call.input->is_complex()) {
     return false;
   }
-  if (call.op == op_index<Add>) {
-    return !call.parameter.equal(1) && !call.parameter.equal(-1);
-  }
-  return call.op == op_index<Mul> && call.input->is_complex();
+  return call.input->is_cpu() || (call.operands[0].tensor == nullptr && call.operands[0].number.isComplex());
 }
 
 } // namespace
@@ -359,7 +360,7 @@ bool plan_forward(const Call& call, Forward& forward) {
   const at::Tensor& input = *call.input;
   DType dtype;
   if (!kernel_dtype(input.scalar_type(), dtype) || device_kernels(input.device().type()) == nullptr ||
-      rounds_by_position(call)) {
+      needs_torch_kernel(call)) {
     return false;
   }
   ForwardPlan& plan = forward.plan;
@@ -395,8 +396,8 @@ bool plan_forward(const Call& call, Forward& forward) {
       return false;
     }
   }
-  if (call.op == op_index<Add> && plan.operands[0].data == nullptr) {
-    // torch's add rounds a number to the input's dtype first, its mul does not.
+  if (call.op == op_index<Add> && plan.operands[0].data == nullptr && input.is_cpu()) {
+    // torch's add rounds a number to the input's dtype first; its mul does not, nor does its add on a GPU.
     round_number(dtype, plan.operands[0].number);
   }
   return layout.finish(plan.shape);
