@@ -58,10 +58,6 @@ class HostLauncher {
     });
   }
 
-  void zero(void* data, int64_t bytes) {
-    std::memset(data, 0, size_t(bytes));
-  }
-
   struct Workspace {
     std::unique_ptr<char[]> memory;
     void* data() const {

@@ -352,7 +352,7 @@ struct Reduce {
   using M = Math<T>;
   using Params = ReduceParams<M, I>;
   // What fits in 128 registers.
-  static constexpr int U = V == 1 ? 2 : !Mixed ? 4 : Body::reads_first && Body::reads_second ? 2 : 3;
+  static constexpr int U = V == 1 ? (sizeof(T) <= 8 && sizeof(I) == 4 ? 4 : 2) : !Mixed ? 4 : Body::reads_first && Body::reads_second ? 2 : 3;
 
   struct Shared {
     M sums[2][V][kThreads];
@@ -516,7 +516,7 @@ struct Finish {
   using Element = T;
   using M = Math<T>;
   using Params = FinishParams<M>;
-  static constexpr int U = 4;
+  static constexpr int U = kFinishUnroll;
 
   struct Shared {
     M sums[kThreads];

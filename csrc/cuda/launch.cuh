@@ -49,8 +49,6 @@ class CudaLauncher {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  void zero(void* data, int64_t bytes) { C10_CUDA_CHECK(cudaMemsetAsync(data, 0, size_t(bytes), stream_)); }
-
   // Freed when the launches are queued: the allocator hands memory out again in the stream's order.
   struct Workspace {
     c10::DataPtr memory;

@@ -1,5 +1,5 @@
 // From a plan to launches, for any launcher: the device's, and the simulator's. A launcher has
-//   map<Kernel>(params, blocks, Trace), reduce<Kernel>(params, blocks, Trace), zero(data, bytes),
+//   map<Kernel>(params, blocks, Trace), reduce<Kernel>(params, blocks, Trace),
 //   workspace(bytes): memory that lives as long as the value it returns, with .data(),
 //   index_limit().
 #pragma once
@@ -87,9 +87,6 @@ void run_map(const Problem& problem, int op, Math<T> parameter, Launcher& launch
 
 template <class T, class Launcher>
 void run_forward(const ForwardPlan& plan, Launcher& launcher) {
-  if (plan.shape.numel == 0) {
-    return;
-  }
   int operands = 0;
   with_op(plan.op, [&](auto tag) { operands = decltype(tag)::operands; }, AllOps{});
   Problem problem;
@@ -178,16 +175,7 @@ void run_backward(const BackwardPlan& plan, Launcher& launcher) {
       partials[i] = Op::partials[i];
     }
   }, AllOps{});
-  const auto wanted = [&](int i) { return i < outs && plan.wanted[i] && plan.numel[i] > 0; };
-
-  if (plan.shape.numel == 0) {
-    for (int i = 0; i < outs; ++i) {
-      if (wanted(i)) {
-        launcher.zero(plan.grads[i].data, plan.numel[i] * dtype_size[int(plan.grads[i].dtype)]);
-      }
-    }
-    return;
-  }
+  const auto wanted = [&](int i) { return i < outs && plan.wanted[i]; };
 
   // The launch that computes the gradients in `now`, and reads nothing that they do not need.
   const auto make_problem = [&](const bool (&now)[3]) {

@@ -47,7 +47,8 @@ struct Divisor<uint32_t> {
   uint32_t size = 1, magic = 1, shift = 0;
 
   Divisor() = default;
-  explicit Divisor(int64_t n) : size(uint32_t(n)), shift(0) {
+  // A size past 32 bits makes a plan that does not fit, and is not divided by.
+  explicit Divisor(int64_t n) : size(uint32_t(std::min(n, int64_t(UINT32_MAX)))), shift(0) {
     while ((uint64_t(1) << shift) < size) {
       ++shift;
     }
@@ -198,6 +199,8 @@ struct FinishSum {
   Store store = Store::Narrow;
   Nest<uint64_t, 1> nest;
 };
+
+constexpr int kFinishUnroll = 8;
 
 template <class M>
 struct FinishParams {
@@ -506,7 +509,7 @@ Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& t
   params.chunk = I(chunk);
   params.column_blocks = Divisor<uint32_t>(column_blocks);
   params.outer_blocks = Divisor<uint32_t>(outer_blocks);
-  int64_t largest = std::max(loop_count + lanes * unroll, outer_count + groups);
+  int64_t largest = std::max({loop_count + lanes * unroll, outer_count + groups, columns});
 
   for (int slot = 0; slot < kSlots; ++slot) {
     params.streams[slot] = make_row_stream<M>(problem, slot, width);
@@ -579,8 +582,11 @@ Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& t
     finish.store = store;
     finish.count = uint64_t(results[i]);
     finish.terms = uint32_t(terms);
-    finish.log_lanes = std::min<uint32_t>(floor_log2(std::max<int64_t>(terms / 4, 1)),
-                                          kLogThreads - std::min<uint32_t>(ceil_log2(results[i]), 5));
+    // The sums wait for the last of them: lanes for as many as one round of loads covers, down to the results of a
+    // sector of 32 bytes.
+    finish.log_lanes =
+        std::min<uint32_t>(floor_log2(std::max<int64_t>(terms / kFinishUnroll, 1)),
+                           kLogThreads - std::min(ceil_log2(results[i]), floor_log2(32 / int64_t(sizeof(M)))));
     finish.nest.ndim = 0;
     for (int d = 0; d < shape.ndim; ++d) {
       if (keeps(i, d)) {
