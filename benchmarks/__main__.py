@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from time import perf_counter
 
 # The profiler, which counts the memory, announces each of its sessions otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -47,6 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     measuring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     measuring.add_argument("--rounds", type=int, default=Effort.rounds, help="turns of each implementation")
     measuring.add_argument("--seconds", type=float, default=Effort.seconds, help="of each turn, at least")
+    measuring.add_argument("--within", type=float, metavar="SECONDS", help="start nothing more after as many")
     measuring.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     measuring.add_argument("--output", type=Path, help="the result file; a narrowed run writes none without it")
     narrowing = measuring.add_argument_group("narrow down what is measured")
@@ -99,10 +101,15 @@ def measure(cases: list[Case], stacks: list, options: argparse.Namespace, consol
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("warming up", total=len(cases) + len(stacks))
-        for found in run(cases, stacks, device, effort, full=getattr(options, "full", False)):
+        total = len(cases) + len(stacks)
+        task = progress.add_task("warming up", total=total)
+        began = perf_counter()
+        for done, found in enumerate(run(cases, stacks, device, effort, full=getattr(options, "full", False)), 1):
             rows += found
             progress.update(task, advance=1, description=f"{found[0].op:12s} {found[0].layout}")
+            if options.within and perf_counter() - began > options.within and done < total:
+                console.print(f"[bold red]{total - done} of {total} were not measured: the time is up[/]")
+                break
     return rows
 
 

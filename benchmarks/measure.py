@@ -158,8 +158,10 @@ class Workload:
         alias.set_(self.input.untyped_storage(), 0, self.input.shape, self.input.stride())
         return Source.apply(self.anchor, [alias])
 
-    def prepare(self, function: Callable) -> Any:
+    def prepare(self, function: Callable, clock: Clock | CudaClock | MemoryClock | None = None) -> Any:
+        """What `run` takes. A graph made here stops `clock` in its backward."""
         mode = self.case.mode
+        self.clock = clock or self.clock
         if not mode.grad:
             return self.input
         for operand in self.operands:
@@ -220,23 +222,37 @@ def prepared_samples(timer: Timer, seconds: float) -> list[float]:
     return samples
 
 
-def cuda_samples(workload: Workload, function: Callable, seconds: float) -> list[float]:
-    """Times of the device, each after a write that empties its last cache.
+class Flush:
+    """Empties the last cache of a CUDA device, and then keeps the device busy while the host issues what is timed.
 
-    That write also keeps the device busy while the host issues the call, so that the host's time stays out.
+    Without the second half the host's time would show between the kernels of a backward.
     """
-    cache = torch.cuda.get_device_properties(workload.device).L2_cache_size
-    flush = torch.empty(max(16 * cache, 1 << 30), dtype=torch.int8, device=workload.device)
+
+    HEAD_START = 2_000_000  # cycles: about a millisecond
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.memory = torch.empty(4 * cache, dtype=torch.int8, device=device)
+
+    def __call__(self) -> None:
+        self.memory.zero_()
+        torch.cuda._sleep(self.HEAD_START)
+
+
+def cuda_samples(prepare: Callable[[CudaClock], Any], run: Callable[[Any], None], seconds: float) -> list[float]:
+    """Times of the device alone, each with a cold cache. What is prepared may stop the clock while it runs."""
+    flush = Flush(torch.device("cuda"))
     samples: list[float] = []
     began = perf_counter()
     while not samples or perf_counter() - began < seconds:
-        state = workload.prepare(function)
-        workload.clock = CudaClock()
-        flush.zero_()
-        workload.clock.mark()
-        workload.run(function, state)
-        workload.clock.mark()
-        samples.append(workload.clock.read())
+        clock = CudaClock()
+        state = prepare(clock)
+        clock.events.clear()
+        flush()
+        clock.mark()
+        run(state)
+        clock.mark()
+        samples.append(clock.read())
     return samples
 
 
@@ -245,8 +261,8 @@ def peak_memory(device: torch.device, run: Callable[[], Any]) -> int:
 
     What is allocated while a MemoryClock is paused counts as having been there.
     """
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities, profile_memory=True) as profiler:
+    # The host's side sees the allocators of both kinds of device.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")

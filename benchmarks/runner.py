@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch._dynamo.utils
 from torch.utils.benchmark import Timer
 
 from . import models as model_stacks
@@ -52,13 +53,8 @@ class Reference:
 
     def samples(self, seconds: float) -> list[float]:
         if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(10):
-                self()
-            end.record()
-            end.synchronize()
-            return [start.elapsed_time(end) / 1e4]
+            # As everything else is timed there, the launch and the cold cache included.
+            return cuda_samples(lambda clock: None, lambda state: self(), seconds)
         timer = Timer("run()", globals={"run": self}, num_threads=torch.get_num_threads())
         return cpu_samples(timer, 1, seconds)
 
@@ -83,6 +79,11 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 COPY = "copy"
 
 
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far. A function that falls back to eager makes none, and raises."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def run_case(case: Case, device: torch.device, effort: Effort, reference: Reference) -> list[Row]:
     workload = Workload(case, device)
     functions = implementations(case, device, effort.compile)
@@ -93,8 +94,8 @@ def run_case(case: Case, device: torch.device, effort: Effort, reference: Refere
         for name, function in functions.items():
             for _ in range(2):
                 workload.run(function, workload.prepare(function))
-            clock, workload.clock = workload.clock, MemoryClock()
-            state = workload.prepare(function)
+            clock = workload.clock
+            state = workload.prepare(function, MemoryClock())
             memory[name] = peak_memory(device, partial(workload.run, function, state))
             workload.clock = clock
             saved[name] = None
@@ -106,7 +107,10 @@ def run_case(case: Case, device: torch.device, effort: Effort, reference: Refere
             samplers[name] = sampler(workload, function, device)
         if case.size >= PAST_CACHE or device.type == "cuda":
             samplers[COPY] = reference.samples
+        graphs = compiled_graphs()
         samples = in_turns(samplers, effort)
+        if compiled_graphs() != graphs:
+            raise RuntimeError(f"{case.key}: torch.compile compiled anew while it was timed")
     copy = None
     if COPY in samples:
         copy = reference.bytes / quantiles(samples[COPY])[1]
@@ -140,7 +144,7 @@ def run_case(case: Case, device: torch.device, effort: Effort, reference: Refere
 def sampler(workload: Workload, function: Callable, device: torch.device) -> Sampler:
     # What a call costs is the host's time on either kind of device; all else is the device's.
     if device.type == "cuda" and workload.case.mode.name != "recorded":
-        return partial(cuda_samples, workload, function)
+        return partial(cuda_samples, partial(workload.prepare, function), partial(workload.run, function))
     timer, calls = workload.timer(function)
     if workload.case.mode.backward:
         return partial(prepared_samples, timer)
@@ -155,6 +159,7 @@ def run_model(model: model_stacks.Model, device: torch.device, effort: Effort, c
         module, inputs = model.make(formulas, device)
         steps[name] = partial(model_stacks.step, module, inputs)
         saved[name] = saved_bytes(partial(module, *inputs))
+        size = sum(v.numel() * v.element_size() for v in inputs)
         if name == OUT_OF_PLACE and compile and compiler_works(device):
             torch.compiler.reset()
             steps[COMPILED] = partial(model_stacks.step, torch.compile(module), inputs)
@@ -171,7 +176,6 @@ def run_model(model: model_stacks.Model, device: torch.device, effort: Effort, c
     rows = []
     for name in steps:
         p20, p50, p80 = quantiles(samples[name])
-        size = sum(v.numel() * v.element_size() for v in model.make(model_stacks.Plain, device)[1])
         rows.append(
             Row(
                 op=model.name,
@@ -195,10 +199,11 @@ def run_model(model: model_stacks.Model, device: torch.device, effort: Effort, c
 
 
 def run(cases: list[Case], models: list, device: torch.device, effort: Effort, full: bool) -> Iterator[list[Row]]:
-    """The rows of one case, or one model, after the other."""
+    """The rows of one model, or one case, after the other."""
+    for model in models:
+        yield run_model(model, device, effort, compile=full and effort.compile)
+        gc.collect()
     reference = Reference(device)
     for case in cases:
         yield run_case(case, device, effort, reference)
         gc.collect()
-    for model in models:
-        yield run_model(model, device, effort, compile=full and effort.compile)

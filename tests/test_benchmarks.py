@@ -187,6 +187,14 @@ def test_narrowed_run_from_the_command_line(tmp_path, capsys):
     assert "add_" in capsys.readouterr().out
 
 
+def test_a_run_stops_when_its_time_is_up(tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    options = ["--ops", "add_", "mul_", "--layouts", "full", "--sizes", "4KiB", "--rounds", "1", "--seconds", "1e-6"]
+    assert command.main(["--device", "cpu", *options, "--within", "1e-9", "--output", str(out)]) == 0
+    assert {row.op for row in results.read(out)[1]} == {"add_"}
+    assert "1 of 2 were not measured" in capsys.readouterr().out
+
+
 def test_triton_kernels_compute_the_ops():
     pytest.importorskip("triton")
     # Triton's interpreter is chosen when its kernels are defined: in a process of its own.
