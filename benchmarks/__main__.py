@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-# The profiler, which counts the memory, announces each of its sessions otherwise.
+# The profiler, which counts the memory, announces each of its sessions otherwise, and what was allocated before them.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from rich.console import Console
