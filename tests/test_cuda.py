@@ -187,17 +187,31 @@ def test_peak_memory_of_backward(op, holder):
     op.function(input, *operands)
     grad = torch.randn_like(leaf)
     weighted = (input * grad).sum() if holder == "engine" else None
+    expected = expected_grads(op, [leaf, *operands], grad)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     if holder == "engine":
         del input
         weighted.backward()
+        grads = [t.grad for t in (leaf, *operands)]
     else:
-        torch.autograd.grad(input, [leaf, *operands], grad)
+        grads = torch.autograd.grad(input, [leaf, *operands], grad)
     extra = torch.cuda.max_memory_allocated() - before
     # The engine's: made by the product's backward. The caller's: handed on, or its result is written over the kept input.
     assert extra < (9 / 8 if holder == "engine" else 1 / 8) * full
+    for actual, right in zip(grads, expected):
+        torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-2)
+
+
+def test_the_benchmarks_see_what_backward_allocates_on_the_device():
+    """The engine runs it on a thread of its own."""
+    measure = pytest.importorskip("benchmarks.measure")
+    leaf = torch.ones(1 << 20, device="cuda", requires_grad=True)
+    full = leaf.numel() * leaf.element_size()
+    result = leaf * 2
+    peak = measure.peak_memory(leaf.device, lambda: torch.autograd.grad(result, leaf, torch.ones_like(leaf)))
+    assert 2 * full <= peak < 3 * full
 
 
 def test_same_bits_as_the_cpu(op):
