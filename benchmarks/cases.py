@@ -216,9 +216,9 @@ def target_cases(device: torch.device) -> list[Case]:
         [
             *product(OPS, ["full", "scalar"], [float32], [CALL], [RECORDED], compiled=False),
             *product(OPS, LAYOUTS, [float32], [PAST_CACHE], [FORWARD], compiled=device.type == "cuda"),
-            *product(OPS, LAYOUTS, halves, [PAST_CACHE], [FORWARD], compiled=False),
             *product(["mul_add_"], ["last_dim_vector"], [float32], [TRAINING_STEP], training),
             *product(OPS, ["full", "last_dim_vector"], [float32], [16 * MiB], TRAINING[4:], compiled=False),
+            *product(OPS, LAYOUTS, halves, [PAST_CACHE], [FORWARD], compiled=False),
         ]
     )
 

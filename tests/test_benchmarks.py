@@ -219,3 +219,21 @@ for case in product(OPS, LAYOUTS, [torch.float32], [16 << 10], [FORWARD]):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def gpu_host(tmp_path, **environment):
+    script = results.ROOT / "benchmarks" / "gpu_host.sh"
+    environment = os.environ | {"PYTHON": sys.executable} | environment
+    done = subprocess.run([script, tmp_path], env=environment, capture_output=True, text=True)
+    return done.returncode, (tmp_path / "summary.txt").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stages of a machine without a device")
+def test_a_gpu_hosts_stages_say_why_they_did_not_run(tmp_path):
+    status, summary = gpu_host(tmp_path, STAGES="memcheck")
+    assert status == 0
+    assert f"torch {torch.__version__}" in summary
+    assert "memcheck   not run: no CUDA device" in summary
+    status, summary = gpu_host(tmp_path, STAGES="tests", LIMIT="0")
+    assert status == 1
+    assert "tests      not run: the 0 s are used up" in summary
