@@ -226,13 +226,14 @@ def target_cases(device: torch.device) -> list[Case]:
 def default_cases(device: torch.device) -> list[Case]:
     sizes = [CALL, 4 * KiB, 256 * KiB, 4 * MiB, 16 * MiB, PAST_CACHE]
     timed = [m for m in TRAINING if m.timed == "forward+backward"]
+    reduced = LAYOUTS if device.type == "cuda" else ["full", "per_sample_tokens"]
     return unique(
         [
             *target_cases(device),
             *product(OPS, ["full", "last_dim_vector"], [torch.float32], sizes, [FORWARD], compiled=False),
             *product(OPS, ["full", "last_dim_vector"], [torch.float32], [PAST_CACHE], [FORWARD]),
             *product(OPS, ["last_dim_vector"], [torch.float32], [PAST_CACHE], timed),
-            *product(OPS, ["full", "per_sample_tokens"], [torch.float32], [PAST_CACHE], timed[-1:], compiled=False),
+            *product(OPS, reduced, [torch.float32], [PAST_CACHE], timed[-1:], compiled=False),
         ]
     )
 
