@@ -70,7 +70,8 @@ stage() {
     failed=$((failed + 1))
     return
   fi
-  SECONDS_LEFT=$bound timeout --kill-after=10 "$bound" "$@" > "$scratch/log" 2>&1
+  # Nothing may wait for a terminal: timeout has put it in the background.
+  SECONDS_LEFT=$bound timeout --kill-after=10 "$bound" "$@" > "$scratch/log" 2>&1 < /dev/null
   rc=$?
   # A log that a broken kernel floods is cut in the middle.
   { head -c 4M "$scratch/log"; tail -c +4194305 "$scratch/log" | tail -c 4M; } > "$out/$name.log"
