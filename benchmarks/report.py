@@ -62,10 +62,11 @@ def rows_table(rows: list[Row]) -> RichTable:
         table.add_column(column, justify="right", no_wrap=True)
     found = Table(rows)
     group = None
-    for case, by in found.cases.items():
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    for case, by in sorted(found.cases.items(), key=lambda item: (dtypes.index(item[0][2]), item[0][3])):
         row = by[OURS]
-        if (row.dtype, row.size, row.mode) != group:
-            group = row.dtype, row.size, row.mode
+        if (row.dtype, row.size) != group:
+            group = row.dtype, row.size
             table.add_section()
             table.add_row(Text(f"{row.dtype}, {bytes_text(row.size)}", style="bold"))
         cells = []
@@ -211,7 +212,7 @@ def summary(path: Path) -> str:
         per_op(rows),
         per_model(rows),
         f"![Ratio to torch, per op]({ratio})",
-        f"![Share of copy bandwidth against size]({share})",
+        f"![Bytes per second over those of {yardstick(about)}, against size]({share})",
     ]
     return "\n\n".join(p for p in parts if p)
 
@@ -240,8 +241,9 @@ def details(folder: Path = RESULTS) -> str:
             "### What was promised",
             markdown(["promise", "target", "median", "worst", "met"], body),
             "### Every case",
-            "Our time, its share of the copy bandwidth measured beside it, how many times faster than torch in place / "
-            "torch out of place / `torch.compile`, and the peak of memory, ours and torch's out of place.",
+            f"Our time, the share of its bytes per second in those of {yardstick(about)}, measured beside it, how many times "
+            "faster than torch in place / torch out of place / `torch.compile`, and the peak of memory, ours and torch's out of "
+            "place.",
             cases_markdown(rows),
         ]
     return "\n\n".join(parts) + "\n"
@@ -307,8 +309,9 @@ def plot_share(path: Path, out: Path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("input, bytes")
     for axis in axes[:, 0]:
-        axis.set_ylabel("bytes/s over the copy's")
-    finish(figure, axes, f"Forward, float32: share of the copy bandwidth past the cache.  {title(about)}", out)
+        axis.set_ylabel("share")
+    heading = f"Forward, float32: bytes per second over those of {yardstick(about)}.  {title(about)}"
+    finish(figure, axes, heading, out)
 
 
 def plot_ratio(path: Path, out: Path) -> None:
@@ -343,7 +346,6 @@ def plot_ratio(path: Path, out: Path) -> None:
         axis.axhline(len(TRAINED) - 0.5, color="0.8", linewidth=0.8)
         axis.axhline(len(lines) - 1.5, color="0.8", linewidth=0.8)
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([2.0**i for i in range(-6, 7)]))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x")
         axis.set_title(op.name, fontsize=10, loc="left")
         axis.grid(True, axis="x", color="0.92")
@@ -359,9 +361,19 @@ def plot_ratio(path: Path, out: Path) -> None:
         and case[3] in (CALL, size, TRAINING_STEP)
     ]
     if drawn:
-        axes[0, 0].set_xlim(2 ** math.floor(math.log2(min(drawn))), 2 ** math.ceil(math.log2(max(drawn))))
+        low, high = math.floor(math.log2(min(drawn))), math.ceil(math.log2(max(drawn)))
+        axes[0, 0].set_xlim(2**low, 2**high)
+        # Labels of half a dozen at most fit below a panel; 1x is one of them.
+        step = -(-(high - low) // 6)
+        powers = range(-(-low // step) * step, high + 1, step)
+        axes[0, 0].xaxis.set_major_locator(matplotlib.ticker.FixedLocator([2.0**i for i in powers]))
     axes[0, 0].set_yticks(range(len(lines)), [name for name, _ in reversed(lines)])
     finish(figure, axes, f"How many times faster than torch, float32, {bytes_text(size)}.  {title(about)}", out)
+
+
+def yardstick(about: dict[str, str]) -> str:
+    """What shares are shares of (see `runner.Reference`)."""
+    return "torch's contiguous add_, past the cache" if about["kind"] == "cpu" else "a copy on the device"
 
 
 def title(about: dict[str, str]) -> str:
