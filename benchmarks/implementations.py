@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 
 import torch
 
@@ -33,7 +34,14 @@ def torch_out_of_place(case: Case) -> Function:
 
 def compiled(function: Function) -> Function:
     """Compiled for exactly these shapes, as a training loop would have it."""
-    return torch.compile(lambda *arguments: function(*arguments), fullgraph=True, dynamic=False)
+
+    def call(*arguments):
+        return function(*arguments)
+
+    # Compiled code belongs to a code object, and is not guarded by which builtin a closure of it calls: with one code
+    # object for all, the out-of-place form would run what was compiled for the in-place form.
+    own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def compiler_works(device: torch.device) -> bool:

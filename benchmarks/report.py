@@ -334,7 +334,7 @@ def plot_ratio(path: Path, out: Path) -> None:
             case = op.name, layout, "float32", bytes_, mode
             if MODES[mode].backward:
                 case = largest_step(table, op.name, mode)
-            found = {r: table.ratio(r, OURS, *case) for r in RIVALS}
+            found = {r: table.ratio(r, OURS, *case) for r in ORDER if r != OURS}
             values = [v for v in found.values() if v]
             if values:
                 axis.plot([min([1, *values]), max([1, *values])], [height, height], color="0.88", zorder=1)
@@ -353,9 +353,10 @@ def plot_ratio(path: Path, out: Path) -> None:
         axis.tick_params(axis="y", length=0)
     drawn = [
         v
-        for r in RIVALS
+        for r in ORDER
         for case in table.cases
-        if (v := table.ratio(r, OURS, *case))
+        if r != OURS
+        and (v := table.ratio(r, OURS, *case))
         and case[4] != "step"
         and case[2] == "float32"
         and case[3] in (CALL, size, TRAINING_STEP)

@@ -30,7 +30,7 @@ from benchmarks.cases import (
     product,
     target_cases,
 )
-from benchmarks.implementations import COMPILED, IN_PLACE, OURS, OUT_OF_PLACE, implementations
+from benchmarks.implementations import COMPILED, COMPILED_IN_PLACE, IN_PLACE, OURS, OUT_OF_PLACE, implementations
 from benchmarks.measure import Workload
 from benchmarks.runner import Effort, run_case, run_model
 from tests.op_table import BY_NAME, OPS
@@ -112,8 +112,18 @@ def test_selections_cover_the_table(select):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler")
 def test_compiled_beside_eager():
-    rows = run_case(case("add_", "full", "forward"), CPU, replace(TINY, compile=True), NoReference())
-    assert COMPILED in {row.implementation for row in rows}
+    chosen = case("add_", "full", "forward")
+    rows = run_case(chosen, CPU, replace(TINY, compile=True), NoReference())
+    assert {COMPILED, COMPILED_IN_PLACE} <= {row.implementation for row in rows}
+    # Each still does its own once all of them are compiled.
+    found = implementations(chosen, CPU)
+    for _ in range(2):
+        for name, function in found.items():
+            workload = Workload(chosen, CPU)
+            before = workload.input.clone()
+            with torch.no_grad():
+                function(workload.input, *workload.operands)
+            assert torch.equal(workload.input, before) == (name in (OUT_OF_PLACE, COMPILED)), name
 
 
 @pytest.mark.parametrize("model", models.models(batch=1, width=128, depth=2), ids=lambda m: m.name)
