@@ -143,6 +143,9 @@ def main(arguments: list[str]) -> int:
     # What was measured is what was there at the start.
     about = results.provenance(device)
     rows = measure(cases, stacks, options, console)
+    done, wanted = len({row.case for row in rows}), len(cases) + len(stacks)
+    if done < wanted:
+        about["measured"] = f"{done} of {wanted} cases"
     console.print(report.rows_table(rows))
     console.print(report.targets_table(rows, device.type == "cpu"))
     whole = not is_narrowed(options) and not options.no_models

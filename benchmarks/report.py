@@ -192,9 +192,10 @@ def per_model(rows: list[Row]) -> str:
 
 def about_text(about: dict[str, str]) -> str:
     extension = f"extension {about['extension']}, " if "extension" in about else ""
+    cut = f", {about['measured']}" if "measured" in about else ""
     return (
         f"{about['device']}; torch {about['torch']}, Python {about['python']}, commit {about['commit']}, "
-        f"{extension}load before {about['load']}, {about['date']}: `{about['command']}`"
+        f"{extension}load before {about['load']}, {about['date']}: `{about['command']}`{cut}"
     )
 
 

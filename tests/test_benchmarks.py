@@ -201,7 +201,9 @@ def test_a_run_stops_when_its_time_is_up(tmp_path, capsys):
     out = tmp_path / "rows.csv"
     options = ["--ops", "add_", "mul_", "--layouts", "full", "--sizes", "4KiB", "--rounds", "1", "--seconds", "1e-6"]
     assert command.main(["--device", "cpu", *options, "--within", "1e-9", "--output", str(out)]) == 0
-    assert {row.op for row in results.read(out)[1]} == {"add_"}
+    about, rows = results.read(out)
+    assert {row.op for row in rows} == {"add_"}
+    assert "1 of 2 cases" in report.about_text(about)
     assert "1 of 2 were not measured" in capsys.readouterr().out
 
 
