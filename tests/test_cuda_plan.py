@@ -382,6 +382,21 @@ def test_an_index_past_32_bits_takes_64(device_code):
             assert launch["index_bits"] == bits
 
 
+def test_a_sum_over_more_than_32_bits_reach_keeps_its_vectors():
+    """Offsets count from a block's chunk: columns, and one row of everything."""
+    op = BY_NAME["mul_add_"]
+    for shape, small in (((3000, 96), (96,)), ((700 * 200,), (1,))):
+        tensors = [random_tensor(s, torch.float32) for s in (shape, small, small)]
+        grad_output = random_tensor(shape, torch.float32)
+        plain, _ = compare_backward(op, tensors, grad_output, {}, [True] * 3, False, {})
+        far = {"index_limit": 40_000}
+        assert tensors[0].numel() > 3 * far["index_limit"]
+        again, (_, reduce, _) = compare_backward(op, tensors, grad_output, {}, [True] * 3, False, far)
+        assert (reduce["kernel"], reduce["vector"], reduce["index_bits"]) == ("reduce", 4, 32)
+        for a, b in zip(plain, again):
+            assert_bit_equal(a, b)
+
+
 def find_cuobjdump():
     """The toolkit's, or the one that Triton's package carries."""
     triton = importlib.util.find_spec("triton")

@@ -395,8 +395,17 @@ struct Reduce {
         base[0][slot] += uint64_t(place.column) * p.column_strides[slot];
       }
       const I lanes = I(1) << p.log_lanes;
-      const I begin = I(place.chunk) * p.chunk;
-      const I end = p.loop_count - begin < p.chunk ? p.loop_count : begin + p.chunk;
+      I begin = I(place.chunk) * p.chunk;
+      I end = p.loop_count - begin < p.chunk ? p.loop_count : begin + p.chunk;
+      // From its chunk on, a loop of one dimension reaches far with narrow offsets.
+      if (p.loop.ndim == 1) {
+        SI_UNROLL
+        for (int slot = 0; slot < kSlots; ++slot) {
+          base[0][slot] += uint64_t(begin) * p.loop.strides[slot][0];
+        }
+        end -= begin;
+        begin = 0;
+      }
       SI_ROLLED
       for (I at = begin + place.lane; at < end; at += U * lanes) {
         round(p, base[0], at, lanes, end, sums);

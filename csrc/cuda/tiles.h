@@ -524,6 +524,7 @@ Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& t
     }
   }
   params.loop.ndim = loop_ndim;
+  // What offsets in the loop reach: all of it, or one chunk where the loop is of one dimension.
   int64_t spans[kSlots] = {};
   for (int n = 0; n < loop_ndim; ++n) {
     const int d = int(loop_dims[n]);
@@ -532,7 +533,7 @@ Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& t
     for (int slot = 0; slot < kSlots; ++slot) {
       const int64_t stride = stride_of(problem, slot, d) * (d == 0 ? width : 1);
       params.loop.strides[slot][n] = I(stride);
-      spans[slot] += (size - 1) * stride;
+      spans[slot] += ((loop_ndim == 1 ? chunk : size) - 1) * stride;
     }
   }
   largest = std::max(largest, *std::max_element(spans, spans + kSlots));
