@@ -201,10 +201,11 @@ at::Tensor gradient_by_formula(const Backward& backward, int position, const Ope
   if (partial.times_parameter && !backward.parameter.equal(1)) {
     gradient = at::mul(gradient, backward.parameter.conj());
   }
-  if (!at::isComplexType(shape.dtype) && gradient.is_complex()) {
-    gradient = at::real(gradient);
-  }
-  return at::sum_to(std::move(gradient), c10::SymIntArrayRef(shape.sizes)).to(shape.dtype);
+  return cast_gradient(at::sum_to(std::move(gradient), c10::SymIntArrayRef(shape.sizes)), shape.dtype);
+}
+
+at::Tensor cast_gradient(const at::Tensor& gradient, at::ScalarType dtype) {
+  return (gradient.is_complex() && !at::isComplexType(dtype) ? at::real(gradient) : gradient).to(dtype);
 }
 
 } // namespace safe_inplace

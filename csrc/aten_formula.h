@@ -18,4 +18,7 @@ struct OperandShape {
 // The gradient of one operand, differentiable, in its own shape and dtype.
 at::Tensor gradient_by_formula(const Backward& backward, int position, const OperandShape& shape);
 
+// In the operand's dtype; a real operand has a real gradient.
+at::Tensor cast_gradient(const at::Tensor& gradient, at::ScalarType dtype);
+
 } // namespace safe_inplace

@@ -322,7 +322,7 @@ bool InplaceNode::run_kernel(Backward& backward, variable_list& results) {
       continue;
     }
     const at::Tensor& computed = backward.grads[backward.grads[position].defined() ? position : 0];
-    results[position] = is_grad_itself(position) ? backward.grad : computed.to(shapes[position].dtype);
+    results[position] = is_grad_itself(position) ? backward.grad : cast_gradient(computed, shapes[position].dtype);
   }
   return true;
 }
