@@ -134,16 +134,19 @@ struct Narrow {
   }
 };
 
+// The bits of float32, rounded to nearest even; not for NaN, which may become an infinity. For one number or a vector.
+template <class Bits>
+SI_INLINE Bits round_to_bfloat16(Bits bits) {
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
 template <>
 struct Narrow<BFloat16> {
   SI_INLINE static BFloat16 from(float x) {
 #if defined(__CUDA_ARCH__)
     return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 #else
-    // Round to nearest even; a NaN must not be rounded up into an infinity.
-    const uint32_t bits = bits_of(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return {uint16_t(x != x ? 0x7fc0u : rounded)};
+    return {uint16_t(x != x ? 0x7fc0u : round_to_bfloat16(bits_of(x)))};
 #endif
   }
 };

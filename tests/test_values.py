@@ -327,3 +327,27 @@ def test_integers_wrap_as_torch(op, dtype):
     values = torch.tensor([info.min, info.min + 1, 0, 1, info.max - 1, info.max], dtype=dtype)
     grids = torch.meshgrid(*[values] * len(op.arguments), indexing="ij")
     check(op, *[g.reshape(-1) for g in grids])
+
+
+ROWS = [(3, 512), (41, 15), (41, 16), (41, 33), (130, 50), (70, 256), (19, 513), (9, 1025), (9, 2050)]
+
+
+@pytest.mark.parametrize("dtype", FLOATING, **dtype_ids)
+@pytest.mark.parametrize("op", OPS, **op_ids)
+def test_vectors_over_rows_of_every_length(op, dtype, device):
+    """Rows that end inside a vector register, and vectors that the kernel repeats, widens or reads in place."""
+    for rows, columns in ROWS:
+        for shape, operand in (((rows, columns), (columns,)), ((3, rows, columns), (3, 1, columns))):
+            operands = [random_tensor(operand, dtype, device) for _ in op.operands]
+            with noted(shape, operand):
+                check(op, random_tensor(shape, dtype, device), *operands)
+                check(op, random_tensor(shape, dtype, device), *operands[:-1], random_tensor(shape, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], **dtype_ids)
+@pytest.mark.parametrize("op", EXACT, **op_ids)
+def test_every_bit_pattern_rounds_as_torch(op, dtype, device):
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    for seed in range(8):
+        order = torch.randperm(patterns.numel(), generator=torch.Generator().manual_seed(seed)).to(device)
+        check(op, patterns.clone(), patterns[order])

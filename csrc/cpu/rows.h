@@ -10,9 +10,20 @@ namespace safe_inplace {
 // arithmetic dtype, or one value for the whole row.
 enum RowOperand { kOwn = 0, kMath = 1, kOne = 2 };
 
-// input[i] = op(input[i], first[i], second[i], parameter), kept[i] = the value backward needs (kept may be null).
-using ForwardRow = void (*)(void* input, const void* first, const void* second, void* kept, const void* parameter,
-                            int64_t n);
+// input[i] = op(input[i], first[i], second[i], parameter), kept[i] = the value backward needs (kept may be null), for a
+// block of rows; strides from row to row in elements.
+struct ForwardBlock {
+  void* input;
+  int64_t input_stride;
+  const void* operands[2];
+  int64_t operand_strides[2];
+  void* kept;
+  int64_t kept_stride;
+  const void* parameter;
+  int64_t rows;
+  int64_t n;
+};
+using ForwardRows = void (*)(const ForwardBlock&);
 
 // What becomes of grad * conj(factor) * multiplier: stored, or added into an accumulator of the arithmetic dtype whose
 // stride along the row is 1 (columns) or 0 (sum).
@@ -36,7 +47,7 @@ using BackwardRows = void (*)(const BackwardBlock&);
 constexpr int kDTypes = 6;
 
 struct RowTable {
-  ForwardRow forward[AllOps::size][kDTypes][3][3];
+  ForwardRows forward[AllOps::size][kDTypes][3][3];
   BackwardRows backward[kDTypes][4][4];
 };
 

@@ -1,239 +1,383 @@
 // Included by each rows_*.cpp after its target pragma, inside namespace SI_ROWS.
 // No include guard: one inclusion per translation unit, each for another instruction set.
 
-// Rows are cut into chunks of this many elements, the lanes of every sum: the order of summation is the same for all
-// instruction sets.
+// Sums are taken in this many lanes: their order is the same for all instruction sets.
 constexpr int kLanes = 16;
 
-template <class M, class S>
-SI_INLINE void load_chunk(M (&out)[kLanes], const S* in) {
+// A chunk of a row in the arithmetic dtype. The formulas take it like one number.
+template <class M>
+struct Chunk {
+  M lanes[kLanes];
+};
+
+template <class V>
+inline constexpr bool is_chunk = false;
+template <class M>
+inline constexpr bool is_chunk<Chunk<M>> = true;
+
+template <class M>
+SI_INLINE Chunk<M> operator+(const Chunk<M>& a, const Chunk<M>& b) {
+  Chunk<M> sum;
   for (int lane = 0; lane < kLanes; ++lane) {
-    out[lane] = widen(in[lane]);
+    sum.lanes[lane] = a.lanes[lane] + b.lanes[lane];
+  }
+  return sum;
+}
+
+template <class M>
+SI_INLINE Chunk<M> operator*(const Chunk<M>& a, const Chunk<M>& b) {
+  Chunk<M> product;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    product.lanes[lane] = a.lanes[lane] * b.lanes[lane];
+  }
+  return product;
+}
+
+using safe_inplace::conjugate;
+template <class M>
+SI_INLINE Chunk<M> conjugate(const Chunk<M>& a) {
+  Chunk<M> result;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    result.lanes[lane] = conjugate(a.lanes[lane]);
+  }
+  return result;
+}
+
+template <class M>
+SI_INLINE void spread(Chunk<M>& to, M value) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    to.lanes[lane] = value;
   }
 }
 
-template <class T, class M>
-SI_INLINE void store_chunk(T* out, const M (&in)[kLanes]) {
+template <class M, class S>
+SI_INLINE void read(Chunk<M>& to, const S* from) {
   for (int lane = 0; lane < kLanes; ++lane) {
-    out[lane] = narrow<T>(in[lane]);
+    to.lanes[lane] = widen(from[lane]);
+  }
+}
+
+template <class M>
+SI_INLINE void write(M* to, const Chunk<M>& from) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    to[lane] = from.lanes[lane];
   }
 }
 
 #if defined(SI_F16C)
-// The compiler does not vectorise the scalar conversion instructions by itself.
-SI_INLINE void load_chunk(float (&out)[kLanes], const Half* in) {
-  for (int half = 0; half < kLanes; half += 8) {
-    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + half));
-    _mm256_storeu_ps(out + half, _mm256_cvtph_ps(packed));
+// float32 in registers: the compiler vectorises neither the conversion of half nor loops over arrays that it has to
+// keep in registers. 256 bits with AVX-512 too: in place, past the last cache, loads and stores of 512 bits reach 0.8 of
+// the bytes per second (Zen 4).
+typedef float Floats __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+constexpr int kWidth = 8;
+constexpr int kRegisters = kLanes / kWidth;
+
+template <>
+struct Chunk<float> {
+  Floats registers[kRegisters];
+};
+
+SI_INLINE Chunk<float> operator+(const Chunk<float>& a, const Chunk<float>& b) {
+  Chunk<float> sum;
+  for (int i = 0; i < kRegisters; ++i) {
+    sum.registers[i] = a.registers[i] + b.registers[i];
+  }
+  return sum;
+}
+
+SI_INLINE Chunk<float> operator*(const Chunk<float>& a, const Chunk<float>& b) {
+  Chunk<float> product;
+  for (int i = 0; i < kRegisters; ++i) {
+    product.registers[i] = a.registers[i] * b.registers[i];
+  }
+  return product;
+}
+
+SI_INLINE Chunk<float> multiply_add(const Chunk<float>& a, const Chunk<float>& b, const Chunk<float>& c) {
+  Chunk<float> result;
+  for (int i = 0; i < kRegisters; ++i) {
+    result.registers[i] = _mm256_fmadd_ps(a.registers[i], b.registers[i], c.registers[i]);
+  }
+  return result;
+}
+
+SI_INLINE Chunk<float> conjugate(const Chunk<float>& a) { return a; }
+
+SI_INLINE void spread(Chunk<float>& to, float value) {
+  for (int i = 0; i < kRegisters; ++i) {
+    to.registers[i] = value - Floats{}; // minus: adding zero would lose the sign of -0
   }
 }
-SI_INLINE void store_chunk(Half* out, const float (&in)[kLanes]) {
-  for (int half = 0; half < kLanes; half += 8) {
-    const __m128i packed = _mm256_cvtps_ph(_mm256_loadu_ps(in + half), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + half), packed);
+
+SI_INLINE Floats widen_register(const float* from) {
+  Floats out;
+  memcpy(&out, from, sizeof out);
+  return out;
+}
+
+SI_INLINE Floats widen_register(const BFloat16* from) {
+  __m128i in;
+  memcpy(&in, from, sizeof in);
+  return Floats(Words(_mm256_cvtepu16_epi32(in)) << 16);
+}
+
+SI_INLINE Floats widen_register(const Half* from) {
+  __m128i in;
+  memcpy(&in, from, sizeof in);
+  return _mm256_cvtph_ps(in);
+}
+
+template <class S>
+SI_INLINE void read(Chunk<float>& to, const S* from) {
+  for (int i = 0; i < kRegisters; ++i) {
+    to.registers[i] = widen_register(from + i * kWidth);
   }
 }
+
+SI_INLINE void write(float* to, const Chunk<float>& from) {
+  // One by one: a copy of the whole goes through memory.
+  for (int i = 0; i < kRegisters; ++i) {
+    memcpy(to + i * kWidth, &from.registers[i], sizeof(Floats));
+  }
+}
+
+SI_INLINE void write(BFloat16* to, const Chunk<float>& from) {
+  static_assert(kRegisters == 2);
+  // One comparison for both registers; NaN are rare enough for a branch.
+  const Floats unordered = _mm256_cmp_ps(from.registers[0], from.registers[1], _CMP_UNORD_Q);
+  if (__builtin_expect(_mm256_movemask_ps(unordered) != 0, 0)) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      to[lane] = narrow<BFloat16>(from.registers[lane / kWidth][lane % kWidth]);
+    }
+    return;
+  }
+  const Words first = round_to_bfloat16(Words(from.registers[0]));
+  const Words second = round_to_bfloat16(Words(from.registers[1]));
+  const __m256i pairs = _mm256_packus_epi32(__m256i(first), __m256i(second));
+  const __m256i packed = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
+  memcpy(to, &packed, sizeof packed);
+}
+
+SI_INLINE void write(Half* to, const Chunk<float>& from) {
+  for (int i = 0; i < kRegisters; ++i) {
+    const __m128i out = _mm256_cvtps_ph(from.registers[i], _MM_FROUND_TO_NEAREST_INT);
+    memcpy(to + i * kWidth, &out, sizeof out);
+  }
+}
+
+template <class T>
+inline constexpr bool in_chunks = std_is_same<Math<T>, float>;
+#else
+// Plain loops, which the compiler vectorises as far as it can.
+template <class T>
+inline constexpr bool in_chunks = false;
 #endif
+
+// One number or a chunk.
+template <class V, class S>
+SI_INLINE V load(const S* from) {
+  if constexpr (is_chunk<V>) {
+    V value;
+    read(value, from);
+    return value;
+  } else {
+    return widen(*from);
+  }
+}
+
+template <class V, class M>
+SI_INLINE V same_everywhere(M value) {
+  if constexpr (is_chunk<V>) {
+    V values;
+    spread(values, value);
+    return values;
+  } else {
+    return value;
+  }
+}
+
+template <class T, class V>
+SI_INLINE void store(T* to, const V& value) {
+  if constexpr (is_chunk<V>) {
+    write(to, value);
+  } else {
+    *to = narrow<T>(value);
+  }
+}
 
 template <class T, int kind>
 struct Operand {
   using M = Math<T>;
   using S = std_conditional<kind == kOwn, T, M>;
   const S* data;
+
+  SI_INLINE explicit Operand(const void* pointer) : data(static_cast<const S*>(pointer)) {}
+  template <class V>
+  SI_INLINE V at(int64_t i) const {
+    return load<V>(data + i);
+  }
+};
+
+template <class T>
+struct Operand<T, kOne> {
+  using M = Math<T>;
+  using S = M;
   M value;
 
-  SI_INLINE explicit Operand(const void* pointer) : data(static_cast<const S*>(pointer)) {
-    if constexpr (kind == kOne) {
-      value = *static_cast<const M*>(pointer);
-    }
-  }
-  SI_INLINE M at(int64_t i) const {
-    if constexpr (kind == kOne) {
-      return value;
-    } else {
-      return widen(data[i]);
-    }
-  }
-  SI_INLINE void chunk(M (&out)[kLanes], int64_t i) const {
-    if constexpr (kind == kOne) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        out[lane] = value;
-      }
-    } else {
-      load_chunk(out, data + i);
-    }
+  SI_INLINE explicit Operand(const void* pointer) : value(*static_cast<const M*>(pointer)) {}
+  template <class V>
+  SI_INLINE V at(int64_t) const {
+    return same_everywhere<V>(value);
   }
 };
 
 template <class T>
 struct Operand<T, kNoFactor> {
-  using M = Math<T>;
+  using S = Math<T>;
   SI_INLINE explicit Operand(const void*) {}
 };
 
-template <class Op, class T, int first_kind, int second_kind, bool keep>
-SI_INLINE void forward_loop(T* input, const void* first_data, const void* second_data, T* kept, Math<T> parameter,
-                            int64_t n) {
-  using M = Math<T>;
-  const Operand<T, first_kind> first(first_data);
-  const Operand<T, second_kind> second(second_data);
-  int64_t i = 0;
-  if constexpr (std_is_same<T, Half>) {
-    for (; i + kLanes <= n; i += kLanes) {
-      M x[kLanes], a[kLanes], b[kLanes];
-      load_chunk(x, input + i);
-      first.chunk(a, i);
-      second.chunk(b, i);
-      if constexpr (keep) {
-        M old[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) {
-          old[lane] = kept_value<Op>(x[lane], a[lane]);
-        }
-        store_chunk(kept + i, old);
-      }
-      for (int lane = 0; lane < kLanes; ++lane) {
-        x[lane] = Op::result(x[lane], a[lane], b[lane], parameter);
-      }
-      store_chunk(input + i, x);
+// Calls step with the index of each chunk and of each element that is left, and with which of the two it is.
+template <class T, class Step>
+SI_INLINE void along_row(int64_t n, const Step& step) {
+  int64_t done = 0;
+  if constexpr (in_chunks<T>) {
+    for (; done + kLanes <= n; done += kLanes) {
+      step(Chunk<Math<T>>{}, done);
     }
   }
-  // An operand is either disjoint from the input or exactly it, so no iteration depends on another.
+  // What is written is exactly what is read, or disjoint from it, so no iteration depends on another.
 #pragma GCC ivdep
-  for (int64_t j = i; j < n; ++j) {
-    const M x = widen(input[j]);
-    const M a = first.at(j);
-    const M b = second.at(j);
-    if constexpr (keep) {
-      kept[j] = narrow<T>(kept_value<Op>(x, a));
-    }
-    input[j] = narrow<T>(Op::result(x, a, b, parameter));
+  for (int64_t i = done; i < n; ++i) {
+    step(Math<T>{}, i);
+  }
+}
+
+template <class Op, class T, int first_kind, int second_kind, bool keep>
+SI_INLINE void forward_loops(const ForwardBlock& block) {
+  using First = Operand<T, first_kind>;
+  using Second = Operand<T, second_kind>;
+  const auto parameter = *static_cast<const Math<T>*>(block.parameter);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    T* const input = static_cast<T*>(block.input) + row * block.input_stride;
+    T* const kept = keep ? static_cast<T*>(block.kept) + row * block.kept_stride : nullptr;
+    const First first(static_cast<const typename First::S*>(block.operands[0]) + row * block.operand_strides[0]);
+    const Second second(static_cast<const typename Second::S*>(block.operands[1]) + row * block.operand_strides[1]);
+    along_row<T>(block.n, [&](auto kind, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(kind);
+      const V x = load<V>(input + i);
+      const V a = first.template at<V>(i);
+      const V b = second.template at<V>(i);
+      if constexpr (keep && Op::kept == Kept::Input && is_chunk<V> && sizeof(T) == 2) {
+        memcpy(kept + i, input + i, kLanes * sizeof(T)); // needs no rounding
+      } else if constexpr (keep) {
+        store(kept + i, kept_value<Op>(x, a));
+      }
+      store(input + i, Op::result(x, a, b, same_everywhere<V>(parameter)));
+    });
   }
 }
 
 template <class Op, class T, int first_kind, int second_kind>
-void forward_row(void* input, const void* first, const void* second, void* kept, const void* parameter, int64_t n) {
-  const auto k = *static_cast<const Math<T>*>(parameter);
-  auto* x = static_cast<T*>(input);
+void forward_rows(const ForwardBlock& block) {
   if constexpr (Op::kept != Kept::Nothing) {
-    if (kept != nullptr) {
-      forward_loop<Op, T, first_kind, second_kind, true>(x, first, second, static_cast<T*>(kept), k, n);
+    if (block.kept != nullptr) {
+      forward_loops<Op, T, first_kind, second_kind, true>(block);
       return;
     }
   }
-  forward_loop<Op, T, first_kind, second_kind, false>(x, first, second, nullptr, k, n);
+  forward_loops<Op, T, first_kind, second_kind, false>(block);
 }
 
+// One row of a block: the gradient, what it is multiplied by, and the terms that come of it.
 template <class T, int factor_kind>
-SI_INLINE Math<T> term(Math<T> grad, const Operand<T, factor_kind>& factor, Math<T> multiplier, int64_t i) {
-  if constexpr (factor_kind == kNoFactor) {
-    return grad * multiplier;
-  } else {
-    return grad * conjugate(factor.at(i)) * multiplier;
-  }
-}
+struct Terms {
+  using F = Operand<T, factor_kind>;
+  const T* grad;
+  F factor;
+  Math<T> multiplier;
 
-template <class T, int factor_kind>
-SI_INLINE void term_chunk(Math<T> (&out)[kLanes], const T* grad, const Operand<T, factor_kind>& factor,
-                          Math<T> multiplier, int64_t i) {
-  using M = Math<T>;
-  load_chunk(out, grad + i);
-  if constexpr (factor_kind == kNoFactor) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      out[lane] = out[lane] * multiplier;
-    }
-  } else {
-    M f[kLanes];
-    factor.chunk(f, i);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      out[lane] = out[lane] * conjugate(f[lane]) * multiplier;
+  SI_INLINE Terms(const BackwardBlock& block, int64_t row)
+      : grad(static_cast<const T*>(block.grad) + row * block.grad_stride),
+        factor(static_cast<const typename F::S*>(block.factor) + row * block.factor_stride),
+        multiplier(*static_cast<const Math<T>*>(block.multiplier)) {}
+  template <class V>
+  SI_INLINE V at(int64_t i) const {
+    const V value = load<V>(grad + i);
+    if constexpr (factor_kind == kNoFactor) {
+      return value * same_everywhere<V>(multiplier);
+    } else {
+      return value * conjugate(factor.template at<V>(i)) * same_everywhere<V>(multiplier);
     }
   }
-}
-
-template <class T, int factor_kind>
-using FactorData = typename Operand<T, factor_kind == kNoFactor ? int(kOne) : factor_kind>::S;
-
-template <class T, int factor_kind>
-SI_INLINE Operand<T, factor_kind> factor_of_row(const BackwardBlock& block, int64_t row) {
-  return Operand<T, factor_kind>(static_cast<const FactorData<T, factor_kind>*>(block.factor) +
-                                 row * block.factor_stride);
-}
+};
 
 template <class T, int factor_kind, class Out>
 void store_rows(const BackwardBlock& block) {
-  const auto k = *static_cast<const Math<T>*>(block.multiplier);
   for (int64_t row = 0; row < block.rows; ++row) {
-    const T* grad = static_cast<const T*>(block.grad) + row * block.grad_stride;
-    Out* target = static_cast<Out*>(block.target) + row * block.target_stride;
-    const auto factor = factor_of_row<T, factor_kind>(block, row);
-    int64_t i = 0;
-    if constexpr (std_is_same<T, Half>) {
-      for (; i + kLanes <= block.n; i += kLanes) {
-        Math<T> value[kLanes];
-        term_chunk(value, grad, factor, k, i);
-        store_chunk(target + i, value);
-      }
-    }
-    // The target is the gradient's own memory, the factor's, or disjoint from both.
-#pragma GCC ivdep
-    for (int64_t j = i; j < block.n; ++j) {
-      target[j] = narrow<Out>(term(widen(grad[j]), factor, k, j));
-    }
+    Out* const target = static_cast<Out*>(block.target) + row * block.target_stride;
+    const Terms<T, factor_kind> terms(block, row);
+    along_row<T>(block.n, [&](auto kind, int64_t i) __attribute__((always_inline)) {
+      store(target + i, terms.template at<decltype(kind)>(i));
+    });
   }
 }
 
 template <class T, int factor_kind>
 void add_columns(const BackwardBlock& block) {
   using M = Math<T>;
-  const M k = *static_cast<const M*>(block.multiplier);
-  const T* const grad = static_cast<const T*>(block.grad);
-  // Rows that share a target are added in registers first: one pass over the target, and short chains of additions.
-  const int64_t together = block.target_stride == 0 ? block.rows : 1;
-  for (int64_t top = 0; top < block.rows; top += together) {
-    M* target = static_cast<M*>(block.target) + top * block.target_stride;
-    int64_t i = 0;
-    for (; i + kLanes <= block.n; i += kLanes) {
-      M sum[kLanes] = {};
-      for (int64_t row = top; row < top + together; ++row) {
-        M value[kLanes];
-        term_chunk(value, grad + row * block.grad_stride, factor_of_row<T, factor_kind>(block, row), k, i);
-        for (int lane = 0; lane < kLanes; ++lane) {
-          sum[lane] = sum[lane] + value[lane];
-        }
-      }
-      for (int lane = 0; lane < kLanes; ++lane) {
-        target[i + lane] = target[i + lane] + sum[lane];
-      }
+  int64_t row = 0;
+  // Rows that share a target are added by fours: fewer passes over the target, and shorter chains of additions.
+  if (block.target_stride == 0) {
+    M* const target = static_cast<M*>(block.target);
+    for (; row + 4 <= block.rows; row += 4) {
+      const Terms<T, factor_kind> first(block, row), second(block, row + 1), third(block, row + 2), fourth(block, row + 3);
+      along_row<T>(block.n, [&](auto kind, int64_t i) __attribute__((always_inline)) {
+        using V = decltype(kind);
+        const V sum = (first.template at<V>(i) + second.template at<V>(i)) +
+            (third.template at<V>(i) + fourth.template at<V>(i));
+        store(target + i, load<V>(target + i) + sum);
+      });
     }
-    for (; i < block.n; ++i) {
-      M sum = {};
-      for (int64_t row = top; row < top + together; ++row) {
-        sum = sum + term(widen(grad[row * block.grad_stride + i]), factor_of_row<T, factor_kind>(block, row), k, i);
-      }
-      target[i] = target[i] + sum;
-    }
+  }
+  for (; row < block.rows; ++row) {
+    M* const target = static_cast<M*>(block.target) + row * block.target_stride;
+    const Terms<T, factor_kind> terms(block, row);
+    along_row<T>(block.n, [&](auto kind, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(kind);
+      store(target + i, load<V>(target + i) + terms.template at<V>(i));
+    });
   }
 }
 
 template <class T, int factor_kind>
 void add_sum(const BackwardBlock& block) {
   using M = Math<T>;
-  const M k = *static_cast<const M*>(block.multiplier);
+  using V = Chunk<M>;
   M* const target = static_cast<M*>(block.target);
   for (int64_t row = 0; row < block.rows; ++row) {
-    const T* grad = static_cast<const T*>(block.grad) + row * block.grad_stride;
-    const auto factor = factor_of_row<T, factor_kind>(block, row);
-    M lanes[kLanes] = {};
+    const Terms<T, factor_kind> terms(block, row);
     int64_t i = 0;
-    for (; i + kLanes <= block.n; i += kLanes) {
-      M value[kLanes];
-      term_chunk(value, grad, factor, k, i);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        lanes[lane] = lanes[lane] + value[lane];
+    V sum = same_everywhere<V>(M{});
+    // Four chains of additions: one alone would wait for each.
+    if (block.n >= 4 * kLanes) {
+      V sums[3] = {sum, sum, sum};
+      for (; i + 4 * kLanes <= block.n; i += 4 * kLanes) {
+        sum = sum + terms.template at<V>(i);
+        sums[0] = sums[0] + terms.template at<V>(i + kLanes);
+        sums[1] = sums[1] + terms.template at<V>(i + 2 * kLanes);
+        sums[2] = sums[2] + terms.template at<V>(i + 3 * kLanes);
       }
+      sum = (sum + sums[0]) + (sums[1] + sums[2]);
     }
+    for (; i + kLanes <= block.n; i += kLanes) {
+      sum = sum + terms.template at<V>(i);
+    }
+    M lanes[kLanes];
+    store(lanes, sum);
     for (int lane = 0; i < block.n; ++i, ++lane) {
-      lanes[lane] = lanes[lane] + term(widen(grad[i]), factor, k, i);
+      lanes[lane] = lanes[lane] + terms.template at<M>(i);
     }
     for (int width = kLanes / 2; width > 0; width /= 2) {
       for (int lane = 0; lane < width; ++lane) {
@@ -250,19 +394,19 @@ inline constexpr bool has_math_dtype = !std_is_same<T, Math<T>>;
 template <class Op, class T>
 constexpr void fill_forward(RowTable& table) {
   auto& rows = table.forward[op_index<Op>][int(Type<T>::dtype)];
-  rows[kOwn][kOne] = forward_row<Op, T, kOwn, kOne>;
-  rows[kOne][kOne] = forward_row<Op, T, kOne, kOne>;
+  rows[kOwn][kOne] = forward_rows<Op, T, kOwn, kOne>;
+  rows[kOne][kOne] = forward_rows<Op, T, kOne, kOne>;
   if constexpr (Op::operands == 2) {
-    rows[kOwn][kOwn] = forward_row<Op, T, kOwn, kOwn>;
-    rows[kOne][kOwn] = forward_row<Op, T, kOne, kOwn>;
+    rows[kOwn][kOwn] = forward_rows<Op, T, kOwn, kOwn>;
+    rows[kOne][kOwn] = forward_rows<Op, T, kOne, kOwn>;
   }
   if constexpr (has_math_dtype<T>) {
-    rows[kMath][kOne] = forward_row<Op, T, kMath, kOne>;
+    rows[kMath][kOne] = forward_rows<Op, T, kMath, kOne>;
     if constexpr (Op::operands == 2) {
-      rows[kMath][kOwn] = forward_row<Op, T, kMath, kOwn>;
-      rows[kMath][kMath] = forward_row<Op, T, kMath, kMath>;
-      rows[kOwn][kMath] = forward_row<Op, T, kOwn, kMath>;
-      rows[kOne][kMath] = forward_row<Op, T, kOne, kMath>;
+      rows[kMath][kOwn] = forward_rows<Op, T, kMath, kOwn>;
+      rows[kMath][kMath] = forward_rows<Op, T, kMath, kMath>;
+      rows[kOwn][kMath] = forward_rows<Op, T, kOwn, kMath>;
+      rows[kOne][kMath] = forward_rows<Op, T, kOne, kMath>;
     }
   }
 }
