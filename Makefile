@@ -47,11 +47,14 @@ IN_TREE := build/in-tree
 NOTE := safe_inplace/_build_info.py
 SOURCES := setup.py $(shell find csrc -type f)
 
+# What the tests need, and what they need besides with this torch, where pyproject.toml has an extra named after it.
+TEST_EXTRAS := test demo $(shell sed -nE 's/^"(test-$(KEY))" = .*/\1/p' pyproject.toml)
+
 .PHONY: help test demo bench bench-full clean again
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
-test: $(BUILT) $(call extra,test) $(call extra,demo)
+test: $(BUILT) $(foreach name,$(TEST_EXTRAS),$(call extra,$(name)))
 	$(call say,tests of safe_inplace on $(TORCH))
 	@$(PY) -m safe_inplace env
 	@$(PY) -m pytest -n $(MAX_JOBS) --dist worksteal $(ARGS)

@@ -75,10 +75,13 @@ int64_t Extent::count() const {
 
 std::optional<Extent> extent_of(const at::Tensor& tensor) {
   const auto* impl = tensor.unsafeGetTensorImpl();
-  if (!impl->has_storage() || impl->numel() == 0) {
+  if (!impl->has_storage()) {
     return std::nullopt;
   }
   const auto* base = static_cast<const char*>(impl->unsafe_storage().data());
+  if (impl->numel() == 0) {
+    return Extent{base, 0, 0, 0, {}};
+  }
   if (base == nullptr) {
     return std::nullopt;
   }
@@ -109,7 +112,7 @@ std::optional<Extent> extent_of(const at::Tensor& tensor) {
 }
 
 bool overlap(const Extent& a, const Extent& b) {
-  if (a.base != b.base || a.end <= b.begin || b.end <= a.begin) {
+  if (a.base != b.base || a.run == 0 || b.run == 0 || a.end <= b.begin || b.end <= a.begin) {
     return false;
   }
   if (a.blocks.empty() && b.blocks.empty()) {

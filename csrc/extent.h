@@ -24,7 +24,8 @@ struct Extent {
   int64_t count() const;
 };
 
-// None for a tensor without bytes of its own: no storage, a meta device, no element.
+// None for a tensor without memory: no storage, a meta device. One without elements has an extent of no bytes: its version
+// can rise all the same.
 std::optional<Extent> extent_of(const at::Tensor& tensor);
 
 bool overlap(const Extent& a, const Extent& b);

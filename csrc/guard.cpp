@@ -1,13 +1,17 @@
 #include "guard.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
+
+#include <pthread.h>
 
 #include <ATen/Functions.h>
 #include <ATen/SavedTensorHooks.h>
@@ -77,13 +81,32 @@ struct OperatorFacts {
   }
 };
 
-OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) {
-  // A composite operator writes through others, which are seen in their turn, or not at all: dropout_ in eval mode.
-  if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
-    return;
+// The collectives of torch.distributed write their first argument, and neither the schema nor the version says so. Left
+// out are those that write on some ranks only, and the all-gathers that bring a parameter's own bytes back (FSDP).
+bool collective_that_writes(std::string_view name) {
+  constexpr std::string_view space = "c10d::";
+  if (!name.starts_with(space)) {
+    return false;
   }
+  constexpr std::array<std::string_view, 13> writers = {
+      "allreduce_", "allreduce_coalesced_", "allgather_", "allgather_coalesced_", "reduce_scatter_",
+      "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "alltoall_", "alltoall_base_", "gather_", "scatter_",
+      "recv_", "recv_any_source_"};
+  return std::find(writers.begin(), writers.end(), name.substr(space.size())) != writers.end();
+}
+
+OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) {
   const auto& schema = op.schema();
   const auto& name = op.operator_name().name;
+  // A composite operator of torch's writes through others, which are seen in their turn, or not at all: dropout_ in eval
+  // mode. What a composite of somebody else's does inside is not known: its schema is taken at its word.
+  if (name.starts_with("aten::") && op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
+    return;
+  }
+  if (collective_that_writes(name)) {
+    written.push_back(0);
+    return;
+  }
   const bool relays = op.hasTag(at::Tag::inplace_view) || name == "aten::resize_" || name == "aten::resize_as_" ||
       name == "aten::_resize_output_" || name == "aten::_coalesced_";
   const bool batch_norm = name.find("batch_norm") != std::string::npos && name.find("backward") == std::string::npos &&
@@ -101,13 +124,38 @@ OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) {
   }
 }
 
+// A handle is an address, and that of an operator which is gone may be another one's tomorrow.
+std::atomic<uint64_t> operators_gone{0};
+
+struct Departures final : c10::OpRegistrationListener {
+  void onOperatorRegistered(const c10::OperatorHandle&) override {}
+  void onOperatorDeregistered(const c10::OperatorHandle&) override {
+    operators_gone.fetch_add(1, std::memory_order_relaxed);
+  }
+};
+
 const OperatorFacts& facts_of(const c10::OperatorHandle& op) {
   thread_local std::unordered_map<c10::OperatorHandle, OperatorFacts> known;
+  thread_local uint64_t gone = 0;
+  if (const auto now = operators_gone.load(std::memory_order_relaxed); gone != now) {
+    known.clear();
+    gone = now;
+  }
   const auto found = known.find(op);
   return found != known.end() ? found->second : known.emplace(op, OperatorFacts(op)).first->second;
 }
 
 // ---- where in the user's code
+
+#if PY_VERSION_HEX >= 0x030C0000
+constexpr auto request_code_extra = PyUnstable_Eval_RequestCodeExtraIndex;
+constexpr auto get_code_extra = PyUnstable_Code_GetExtra;
+constexpr auto set_code_extra = PyUnstable_Code_SetExtra;
+#else
+constexpr auto request_code_extra = _PyEval_RequestCodeExtraIndex;
+constexpr auto get_code_extra = _PyCode_GetExtra;
+constexpr auto set_code_extra = _PyCode_SetExtra;
+#endif
 
 // The code object and the instruction of the innermost frame of the user's code. Line and text are looked up only
 // when a report is printed.
@@ -118,18 +166,23 @@ struct Place {
 
 PyObject* is_user_code = nullptr; // Python: code object -> bool
 
+// The answer is kept in the code object itself: as long as that lives, and no longer.
+Py_ssize_t answer_slot = -1;
+
 bool user_code(PyObject* code) {
-  // Holds each code object, so that an address is never that of another one.
-  static auto* known = new std::unordered_map<PyObject*, bool>();
-  const auto found = known->find(code);
-  if (found != known->end()) {
-    return found->second;
+  enum : uintptr_t { unknown = 0, no = 1, yes = 2 };
+  void* answer = nullptr;
+  if (get_code_extra(code, answer_slot, &answer) != 0) {
+    rethrow_python();
   }
-  const auto answer = checked(PyObject_CallOneArg(is_user_code, code));
-  const bool user = PyObject_IsTrue(answer.get()) == 1;
-  Py_INCREF(code);
-  known->emplace(code, user);
-  return user;
+  if (reinterpret_cast<uintptr_t>(answer) == unknown) {
+    const auto user = checked(PyObject_CallOneArg(is_user_code, code));
+    answer = reinterpret_cast<void*>(PyObject_IsTrue(user.get()) == 1 ? yes : no);
+    if (set_code_extra(code, answer_slot, answer) != 0) {
+      rethrow_python();
+    }
+  }
+  return reinterpret_cast<uintptr_t>(answer) == yes;
 }
 
 Place current_place() {
@@ -156,8 +209,10 @@ struct SavedObject {
   at::Tensor value; // shares memory and version counter with what was saved, and holds no graph
   std::vector<Extent> extents;
   std::vector<at::Tensor> fingerprints;
+  uint64_t number; // how many were saved before it
   uint32_t version;
   bool versioned;
+  bool parameter; // a leaf that requires grad, or a view of one
   bool value_unused; // saved, but backward does not read it: running statistics of a batch norm that trains
   bool released; // the writer has been told, or the value is a private copy: later writes change nothing
   const void* unpacked_by; // the node
@@ -169,6 +224,7 @@ struct SavedObject {
 };
 
 PyTypeObject* saved_type = nullptr;
+std::atomic<uint64_t> saved_so_far{0};
 
 SavedObject* saved(PyObject* object) {
   return reinterpret_cast<SavedObject*>(object);
@@ -233,24 +289,34 @@ bool plain(const at::Tensor& tensor) {
   return !tensor.key_set().has_any(stand_ins);
 }
 
-void append_extents(std::vector<Extent>& extents, const at::Tensor& tensor) {
+// The strided tensors that a tensor of any layout keeps its values in.
+template <class F>
+void each_part(const at::Tensor& tensor, const F& visit) {
   if (!tensor.defined()) {
     return;
   }
   if (tensor.is_sparse()) {
     const auto* impl = at::sparse::get_sparse_impl(tensor);
-    append_extents(extents, impl->indices());
-    append_extents(extents, impl->values());
+    visit(impl->indices());
+    visit(impl->values());
   } else if (at::sparse_csr::is_sparse_compressed(tensor)) {
     auto* impl = at::sparse_csr::get_sparse_csr_impl(tensor);
-    append_extents(extents, impl->compressed_indices());
-    append_extents(extents, impl->plain_indices());
-    append_extents(extents, impl->values());
+    visit(impl->compressed_indices());
+    visit(impl->plain_indices());
+    visit(impl->values());
   } else if (tensor.key_set().has(c10::DispatchKey::NestedTensor)) {
-    append_extents(extents, at::native::get_nested_tensor_impl(tensor)->get_unsafe_storage_as_tensor());
-  } else if (auto extent = extent_of(tensor)) {
-    extents.push_back(std::move(*extent));
+    visit(at::native::get_nested_tensor_impl(tensor)->get_unsafe_storage_as_tensor());
+  } else {
+    visit(tensor);
   }
+}
+
+void append_extents(std::vector<Extent>& extents, const at::Tensor& tensor) {
+  each_part(tensor, [&](const at::Tensor& part) {
+    if (auto extent = extent_of(part)) {
+      extents.push_back(std::move(*extent));
+    }
+  });
 }
 
 bool overlap_any(const std::vector<Extent>& a, const std::vector<Extent>& b) {
@@ -329,19 +395,14 @@ void ask_policy(
     PyObject* policy,
     const char* method,
     const std::vector<Object>& entries,
-    const c10::OperatorHandle& op,
-    const at::Tensor& written) {
+    const c10::OperatorHandle& op) {
   const auto list = checked(PyList_New(static_cast<Py_ssize_t>(entries.size())));
   for (size_t i = 0; i < entries.size(); ++i) {
     PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i), share(entries[i].get()).release());
   }
   const auto name = operator_name(op.operator_name());
   const auto place = place_objects(current_place());
-  const auto tensor = checked(THPVariable_Wrap(written));
-  const Object answer(PyObject_CallMethod(policy, method, "OOOO", list.get(), name.get(), place.get(), tensor.get()));
-  if (!answer) {
-    rethrow_python();
-  }
+  checked(PyObject_CallMethod(policy, method, "OOO", list.get(), name.get(), place.get()));
 }
 
 // A backward that runs for the last time may use the memory of its own saved values: nobody will ask for them again.
@@ -351,6 +412,13 @@ bool dies_with_this_node(const SavedObject* entry) {
   }
   const auto node = torch::autograd::get_current_node();
   return node.get() == entry->unpacked_by;
+}
+
+// Its storage gave its memory back and took other memory (untyped_storage().resize_(0), as FSDP frees a parameter): what is
+// written where it lay is not written to it.
+bool moved(const SavedObject* entry) {
+  const auto* impl = entry->value.unsafeGetTensorImpl();
+  return plain(entry->value) && impl->has_storage() && !entry->extents.empty() && impl->unsafe_storage().data() != entry->extents[0].base;
 }
 
 enum class Change { bytes, unannotated_bytes, layout };
@@ -380,7 +448,8 @@ class Writes {
   // What missed every saved byte may have raised a saved value's version all the same: torch counts versions for all
   // views of one base together, and refuses such a graph in backward.
   void finish() {
-    if (neighbours_.empty()) {
+    const bool saved_inside = !entry_.targets.empty() && saved_so_far.load(std::memory_order_relaxed) != saved_before_;
+    if (neighbours_.empty() && !saved_inside) {
       return;
     }
     pybind11::gil_scoped_acquire gil;
@@ -390,9 +459,12 @@ class Writes {
         raised.push_back(share(object.get()));
       }
     }
+    if (saved_inside) {
+      add_raised_while_saved(raised);
+    }
     PyObject* policy = raised.empty() ? nullptr : current_policy();
     if (policy != nullptr) {
-      ask_policy(policy, "_on_version", raised, entry_.op, neighbour_);
+      ask_policy(policy, "_on_version", raised, entry_.op);
     }
   }
 
@@ -421,18 +493,18 @@ class Writes {
     }
     if (std::any_of(extents.begin(), extents.end(), [](const Extent& e) { return ledger().has(e.base); })) {
       pybind11::gil_scoped_acquire gil;
-      compare(tensor, extents, change);
+      compare(extents, change);
     }
   }
 
-  void compare(const at::Tensor& tensor, const std::vector<Extent>& extents, Change change) {
+  void compare(const std::vector<Extent>& extents, Change change) {
     PyObject* policy = current_policy();
     if (policy == nullptr) {
       return;
     }
     std::vector<Object> hits;
     const auto consider = [&](SavedObject* entry) {
-      if (entry->released || dies_with_this_node(entry) ||
+      if (entry->released || moved(entry) || dies_with_this_node(entry) ||
           (entry->value_unused && change == Change::unannotated_bytes)) {
         return;
       }
@@ -441,7 +513,6 @@ class Writes {
         hits.push_back(std::move(object));
       } else if (entry->versioned) {
         neighbours_.emplace_back(std::move(object), version_of(entry->value));
-        neighbour_ = tensor;
       }
     };
     for (const auto& extent : extents) {
@@ -451,13 +522,31 @@ class Writes {
       }
     }
     if (!hits.empty()) {
-      ask_policy(policy, "_on_write", hits, entry_.op, tensor);
+      ask_policy(policy, "_on_write", hits, entry_.op);
+    }
+  }
+
+  // What this operator's own node saved beside the bytes that it wrote: m[0].mul_(m[1]).
+  void add_raised_while_saved(std::vector<Object>& raised) {
+    std::optional<const char*> last;
+    for (const auto& target : entry_.targets) {
+      const auto found = ledger().by_base.find(target.extent.base);
+      if (found == ledger().by_base.end() || last == target.extent.base) {
+        continue;
+      }
+      last = target.extent.base;
+      for (auto* entry : found->second) {
+        if (entry->number >= saved_before_ && entry->versioned && !entry->released &&
+            version_of(entry->value) != entry->version) {
+          raised.push_back(share(reinterpret_cast<PyObject*>(entry)));
+        }
+      }
     }
   }
 
   Running& entry_;
+  const uint64_t saved_before_ = saved_so_far.load(std::memory_order_relaxed);
   std::vector<std::pair<Object, uint32_t>> neighbours_;
-  at::Tensor neighbour_;
 };
 
 void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
@@ -479,32 +568,31 @@ void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::
 
 // ---- saving
 
-std::vector<Extent> extents_of_saved(const at::Tensor& tensor, PyObject* wrapped, PyObject* policy) {
-  std::vector<Extent> extents;
+// The plain tensors that a tensor subclass is made of, as guard.py knows them.
+template <class F>
+void each_plain(const at::Tensor& tensor, PyObject* policy, const F& visit) {
   if (plain(tensor)) {
-    append_extents(extents, tensor);
+    visit(tensor);
   } else if (policy != nullptr) {
-    const auto parts = checked(PyObject_CallMethod(policy, "_parts", "O", wrapped));
+    const auto wrapped = checked(THPVariable_Wrap(tensor));
+    const auto parts = checked(PyObject_CallMethod(policy, "_parts", "O", wrapped.get()));
     const auto sequence = checked(PySequence_Fast(parts.get(), "the parts of a tensor subclass"));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.get()); ++i) {
-      append_extents(extents, THPVariable_Unpack(PySequence_Fast_GET_ITEM(sequence.get(), i)));
+      visit(THPVariable_Unpack(PySequence_Fast_GET_ITEM(sequence.get(), i)));
     }
   }
-  return extents;
 }
 
-std::vector<at::Tensor> fingerprints_of(const at::Tensor& tensor) {
-  if (!plain(tensor)) {
-    return {};
-  }
-  if (tensor.is_sparse()) {
-    const auto* impl = at::sparse::get_sparse_impl(tensor);
-    return {digest_on_device(impl->indices()), digest_on_device(impl->values())};
-  }
-  if (tensor.layout() != at::kStrided || !tensor.has_storage() || tensor.is_meta()) {
-    return {};
-  }
-  return {digest_on_device(tensor)};
+std::vector<at::Tensor> fingerprints_of(const at::Tensor& tensor, PyObject* policy) {
+  std::vector<at::Tensor> fingerprints;
+  each_plain(tensor, policy, [&](const at::Tensor& one) {
+    each_part(one, [&](const at::Tensor& part) {
+      if (part.layout() == at::kStrided && part.has_storage() && !part.is_meta()) {
+        fingerprints.push_back(digest_on_device(part));
+      }
+    });
+  });
+  return fingerprints;
 }
 
 bool flag_of(PyObject* policy, const char* name) {
@@ -535,23 +623,31 @@ bool saved_by_training_batch_norm(const SavedObject* entry) {
   return false;
 }
 
+bool is_parameter(const at::Tensor& tensor) {
+  const auto& base = tensor.is_view() ? tensor._base() : tensor;
+  return base.is_leaf() && base.requires_grad();
+}
+
 PyObject* pack(PyObject*, PyObject* argument) {
   HANDLE_TH_ERRORS
   const auto& tensor = THPVariable_Unpack(argument);
   PyObject* policy = current_policy();
   auto object = checked(saved_type->tp_alloc(saved_type, 0));
   auto* entry = saved(object.get());
-  new (&entry->value) at::Tensor(plain(tensor) ? tensor.tensor_data() : tensor.detach());
+  new (&entry->value) at::Tensor();
   new (&entry->extents) std::vector<Extent>();
   new (&entry->fingerprints) std::vector<at::Tensor>();
   new (&entry->op) std::optional<c10::OperatorName>();
   new (&entry->place) Place();
   new (&entry->policy) Object(share(policy));
   new (&entry->note) Object();
-  entry->extents = extents_of_saved(tensor, argument, policy);
+  entry->value = plain(tensor) ? tensor.tensor_data() : tensor.detach();
+  each_plain(tensor, policy, [&](const at::Tensor& one) { append_extents(entry->extents, one); });
   const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
+  entry->number = saved_so_far.fetch_add(1, std::memory_order_relaxed);
   entry->versioned = counter.enabled();
   entry->version = entry->versioned ? counter.current_version() : 0;
+  entry->parameter = is_parameter(tensor);
   if (running != nullptr) {
     entry->op = running->op.operator_name();
     entry->value_unused = saved_by_training_batch_norm(entry);
@@ -561,10 +657,10 @@ PyObject* pack(PyObject*, PyObject* argument) {
     if (const auto* op = about_to_overwrite(entry)) {
       std::vector<Object> hit;
       hit.push_back(share(object.get()));
-      ask_policy(policy, "_on_write", hit, op->op, tensor);
+      ask_policy(policy, "_on_write", hit, op->op);
     }
     if (!entry->value_unused && !entry->released && flag_of(policy, "verify")) {
-      entry->fingerprints = fingerprints_of(entry->value);
+      entry->fingerprints = fingerprints_of(entry->value, policy);
     }
   }
   if (!entry->released && !entry->extents.empty()) {
@@ -588,7 +684,7 @@ PyObject* unpack(PyObject*, PyObject* argument) {
     checked(PyObject_CallMethod(policy, "_on_stale", "O", argument));
   }
   if (!entry->fingerprints.empty()) {
-    const auto now = fingerprints_of(entry->value);
+    const auto now = fingerprints_of(entry->value, entry->policy.get());
     for (size_t i = 0; i < now.size(); ++i) {
       const auto then = checked(THPVariable_Wrap(entry->fingerprints[i]));
       if (!now[i].is_cpu()) {
@@ -673,6 +769,10 @@ PyObject* saved_get_place(PyObject* self, void*) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* saved_get_parameter(PyObject* self, void*) {
+  return PyBool_FromLong(saved(self)->parameter);
+}
+
 PyObject* saved_get_version(PyObject* self, void*) {
   return PyLong_FromUnsignedLong(saved(self)->version);
 }
@@ -701,6 +801,7 @@ PyGetSetDef saved_attributes[] = {
     {"value", saved_get_value, nullptr, nullptr, nullptr},
     {"op", saved_get_op, nullptr, nullptr, nullptr},
     {"place", saved_get_place, nullptr, nullptr, nullptr},
+    {"parameter", saved_get_parameter, nullptr, nullptr, nullptr},
     {"version", saved_get_version, nullptr, nullptr, nullptr},
     {"unpacked", saved_get_unpacked, nullptr, nullptr, nullptr},
     {"note", saved_get_note, saved_set_note, nullptr, nullptr},
@@ -723,30 +824,48 @@ PyType_Spec saved_spec = {
 
 PyObject* hooks[2] = {nullptr, nullptr};
 
-// The thread's watch begins; what it returns is for guard_exit.
+void set_policy(PyObject* policy) {
+  at::impl::ThreadLocalPythonObjects::set(
+      kPolicy, std::make_shared<c10::SafePyObject>(share(policy).release(), getPyInterpreter()));
+}
+
+bool top_hooks_are_ours() {
+  return at::SavedTensorDefaultHooks::get_tls_state().stack.top().first.ptr(getPyInterpreter()) == hooks[0];
+}
+
+// The thread's watch begins, by this policy.
 PyObject* enter(PyObject*, PyObject* policy) {
   HANDLE_TH_ERRORS
-  auto outer = share(current_policy());
   at::SavedTensorDefaultHooks::lazy_initialize();
   at::SavedTensorDefaultHooks::push_hooks(
       c10::SafePyObject(share(hooks[0]).release(), getPyInterpreter()),
       c10::SafePyObject(share(hooks[1]).release(), getPyInterpreter()));
-  at::impl::ThreadLocalPythonObjects::set(
-      kPolicy, std::make_shared<c10::SafePyObject>(share(policy).release(), getPyInterpreter()));
+  set_policy(policy);
   c10::impl::tls_set_dispatch_key_included(kKey, true);
-  return outer ? outer.release() : Py_NewRef(Py_None);
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* exit(PyObject*, PyObject* outer) {
+// One guard less; `policy` decides from here, None where the watch ends.
+PyObject* exit(PyObject*, PyObject* policy) {
   HANDLE_TH_ERRORS
-  at::SavedTensorDefaultHooks::pop_hooks();
-  if (outer == Py_None) {
+  // Hooks that were pushed inside the guard and outlive it (an ExitStack closed in another order) stay as they are.
+  std::vector<std::pair<c10::SafePyObject, c10::SafePyObject>> others;
+  const auto& stack = at::SavedTensorDefaultHooks::get_tls_state().stack;
+  while (!stack.empty() && !top_hooks_are_ours()) {
+    others.push_back(at::SavedTensorDefaultHooks::pop_hooks());
+  }
+  if (!stack.empty()) {
+    at::SavedTensorDefaultHooks::pop_hooks();
+  }
+  for (; !others.empty(); others.pop_back()) {
+    at::SavedTensorDefaultHooks::push_hooks(std::move(others.back().first), std::move(others.back().second));
+  }
+  if (policy == Py_None) {
     c10::impl::tls_set_dispatch_key_included(kKey, false);
   }
-  // None where there is no outer policy: the entry itself cannot be erased before torch 2.13.
-  at::impl::ThreadLocalPythonObjects::set(
-      kPolicy, std::make_shared<c10::SafePyObject>(share(outer).release(), getPyInterpreter()));
+  // None where there is no policy: the entry itself cannot be erased before torch 2.13.
+  set_policy(policy);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -796,6 +915,17 @@ TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, library) {
 }
 
 bool bind_guard(PyObject* module) {
+  answer_slot = request_code_extra(nullptr);
+  if (answer_slot < 0) {
+    PyErr_SetString(PyExc_ImportError, "safe_inplace: every slot for extra data of code objects is taken");
+    return false;
+  }
+  static const auto* departures = new c10::RegistrationHandleRAII(
+      c10::Dispatcher::singleton().addRegistrationListener(std::make_unique<Departures>()));
+  static_cast<void>(departures);
+  // A forked child has this thread alone: a lock that another one held would stay locked for ever.
+  pthread_atfork(
+      [] { ledger().mutex.lock(); }, [] { ledger().mutex.unlock(); }, [] { ledger().mutex.unlock(); });
   saved_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&saved_spec));
   if (saved_type == nullptr || PyModule_AddObjectRef(module, "Saved", reinterpret_cast<PyObject*>(saved_type)) < 0 ||
       PyModule_AddFunctions(module, functions) < 0) {

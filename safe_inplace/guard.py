@@ -10,7 +10,6 @@ import functools
 import inspect
 import linecache
 import os
-import re
 import sys
 import sysconfig
 import threading
@@ -19,12 +18,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from types import CodeType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint
 
 from . import _C
+from ._rewrite import Rewritten, out_of_place
 
 __all__ = ["HazardError", "HazardWarning", "Site", "guard"]
 
@@ -43,6 +45,8 @@ _LIBRARIES = (
     *(os.path.join(_SITE, name) + os.sep for name in ("torch", "functorch", "torchgen", "triton")),
 )
 _INSTALLED = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
+_OPTIMIZERS = os.path.join(_SITE, "torch", "optim") + os.sep
+_DDP = os.path.join(_SITE, "torch", "nn", "parallel", "distributed.py")
 _COMPILED_REGION = os.path.join("_aot_autograd", "runtime_wrappers.py")
 
 
@@ -114,23 +118,6 @@ def _bytes_in_words(count: int) -> str:
     return f"{size:.1f} GiB"
 
 
-_INPLACE_OPERATOR = re.compile(r"^(?P<left>[^=]+?)\s*(?P<op>\*\*|//|<<|>>|[-+*/@%&|^])=\s*(?P<right>.+)$")
-_INPLACE_METHOD = re.compile(r"^(?P<left>[\w.\[\]]+)\.(?P<op>[a-z]\w*?)_\((?P<arguments>.*)\)$")
-
-
-def _out_of_place(source: str) -> str | None:
-    """The line written out of place, where it is one of the two common shapes."""
-    statement = source.split("  #")[0].rstrip()
-    if match := _INPLACE_OPERATOR.match(statement):
-        right = match["right"]
-        if not re.fullmatch(r"[\w.]+", right):
-            right = f"({right})"
-        return f"{match['left']} = {match['left']} {match['op']} {right}"
-    if (match := _INPLACE_METHOD.match(statement)) and ".data" not in match["left"]:
-        return f"{match['left']} = {match['left']}.{match['op']}({match['arguments']})"
-    return None
-
-
 @dataclass
 class Hazard:
     """One pair of lines: a write and the save that it destroys. What happened again between the same lines is counted."""
@@ -140,11 +127,13 @@ class Hazard:
     save: Site | None
     op: str | None
     saved_by: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     dtype: torch.dtype
     device: torch.device
     nbytes: int
     used: bool = False
+    rewritten: Rewritten = Rewritten()
+    by: Literal["optimizer", "ddp"] | None = None  # the part of torch that wrote, where it is one of these
     count: int = 0
     bytes_copied: int = 0
 
@@ -170,30 +159,42 @@ class Hazard:
                 "is then named, too.",
                 "Save a value of its own: clone() at the line of the save.",
             ]
-        optimizer = op.startswith(("_foreach", "_fused")) or re.search(r"\bstep\(", write) is not None
-        if optimizer:
-            advice.append("Run backward() before this step, or compute the forward again after it.")
-        elif rewritten := _out_of_place(write) or (self.mutation and _out_of_place(self.mutation.expression)):
-            advice.append(f"Write it out of place: {rewritten}")
-        elif "inplace=True" in write:
-            advice.append(f"Write it out of place: {write.replace('inplace=True', 'inplace=False')}")
+        update = self.by == "optimizer" or self.rewritten.parameter
+        if op == "embedding_renorm_":
+            advice.append(
+                "max_norm rescales the weight in place at every lookup: look up before the weight is used, or use a clone() "
+                "of the weight there."
+            )
+        elif update:
+            what = "step" if self.by == "optimizer" else "update"
+            advice.append(f"Run backward() before this {what}, or compute the forward again after it.")
+        elif self.by == "ddp":
+            advice.append(
+                "DistributedDataParallel broadcasts buffers before each forward: run backward() between the two forwards, "
+                "or build it with broadcast_buffers=False."
+            )
+        elif self.rewritten.code:
+            advice.append(f"Write it out of place: {self.rewritten.code}")
+        elif self.rewritten.clone:
+            name = self.rewritten.clone
+            advice.append(
+                f"Assign into a clone ({name} = {name}.clone() before this line), or build the result with torch.where or "
+                "torch.stack."
+            )
         elif "out=" in write:
             advice.append("Leave out= away, or hand it memory that nothing has saved.")
-        elif op.startswith(("copy_", "fill_", "index_put_", "zero_")) and "=" in write:
-            advice.append("Assign into a clone (x = x.clone() before this line), or build the result with torch.where "
-                          "or torch.stack.")
         elif op.endswith("batch_norm"):
             advice.append("Run backward of the eval-mode forward before the next forward in train mode.")
-        elif op.endswith("_"):
-            advice.append(f"Use the out-of-place form, {op[:-1]}() (a module: inplace=False).")
+        elif op.endswith("_") and (hasattr(torch.Tensor, op[:-1]) or hasattr(torch.nn.functional, op[:-1])):
+            advice.append(f"What runs here writes with {op}(): use its out-of-place form, {op[:-1]}() (a module: inplace=False).")
         else:
-            advice.append("Write to memory that nothing has saved.")
+            advice.append("Write to memory that nothing has saved: a clone(), or a new tensor.")
         if self.kind == "version":
             advice.append(
                 "The saved bytes are intact: torch counts versions for all views of one tensor together. Save a clone() "
                 "of the view, or collect the parts in a list and torch.stack them."
             )
-        elif not optimizer and self.mutation != self.save:
+        elif not update and self.mutation != self.save:
             saving = f" ({self.save.filename.rpartition(os.sep)[2]}:{self.save.lineno})" if self.save else ""
             advice.append(
                 f"Or move the write before the save{saving}, or save a clone() there; detach() what needs no gradient."
@@ -232,7 +233,7 @@ class Hazard:
                 lines.append("    " + " " * (len(number) + begin) + paint(code, "^" * (end - begin)))
         device = f" on {self.device}" if self.device.type != "cpu" else ""
         lines.append(
-            f"  {'value':<8}{str(self.dtype).removeprefix('torch.')}{list(self.shape)}{device}, {_bytes_in_words(self.nbytes)}"
+            f"  {'value':<8}{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]{device}, {_bytes_in_words(self.nbytes)}"
         )
         lines += ["", *(f"  {number}. {remedy}" for number, remedy in enumerate(self.remedies, 1))]
         return "\n".join(lines)
@@ -318,26 +319,32 @@ def _let_higher_order_operators_pass() -> None:
             operator.fallthrough(key)
 
 
-class _FunctionTransforms:
-    """torch.func refuses to run below saved-tensor hooks. While a guard is open its hooks step aside for a transform."""
+class _TorchPatches:
+    """What torch does with saved-tensor hooks while a guard is open: torch.func refuses to run below them, so guard's step
+    aside for a transform; hooks pushed inside hide what is saved from guard's, so guard looks through those of checkpoint and
+    says once that it cannot look through others."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open = 0
         self._torch_disable: Callable[[str], Any] | None = None
+        self._torch_enter: Callable[[saved_tensors_hooks], None] | None = None
 
     def enter(self) -> None:
         with self._lock:
             self._open += 1
             if self._open == 1:
                 self._torch_disable = torch.autograd.graph.disable_saved_tensors_hooks
+                self._torch_enter = saved_tensors_hooks.__enter__
                 torch.autograd.graph.disable_saved_tensors_hooks = self._step_aside
+                saved_tensors_hooks.__enter__ = _enter_hooks
 
     def exit(self) -> None:
         with self._lock:
             self._open -= 1
             if self._open == 0:
                 torch.autograd.graph.disable_saved_tensors_hooks = self._torch_disable
+                saved_tensors_hooks.__enter__ = self._torch_enter
 
     @contextmanager
     def _step_aside(self, error_message: str) -> Iterator[None]:
@@ -362,7 +369,60 @@ class _FunctionTransforms:
                 autograd._push_saved_tensors_default_hooks(*ours)
 
 
-_function_transforms = _FunctionTransforms()
+_torch_patches = _TorchPatches()
+
+
+def _enter_hooks(hooks: saved_tensors_hooks) -> None:
+    pack, unpack = hooks.pack_hook, hooks.unpack_hook
+    if _C.guard_current() is not None:
+        if isinstance(hooks, checkpoint._checkpoint_hook):
+            unpack = _recomputing(unpack)
+        elif isinstance(hooks, checkpoint._recomputation_hook):
+            if _recomputation.watched:
+                pack = _through(pack)
+        else:
+            _say_once(
+                "hooks",
+                "safe_inplace.guard: what is saved under other saved-tensor hooks (save_on_cpu, your own) is not judged, "
+                "and torch does not check it either.",
+            )
+    torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+class _Recomputation(threading.local):
+    watched = False
+
+
+_recomputation = _Recomputation()
+
+
+def _recomputing(unpack: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """checkpoint's unpack hook: computes the region again when it is asked for its first value, and hands out what that
+    saved without looking at its version."""
+
+    def watched(packed: Any) -> torch.Tensor:
+        before, _recomputation.watched = _recomputation.watched, True
+        try:
+            tensor = unpack(packed)
+        finally:
+            _recomputation.watched = before
+        saved = getattr(tensor, "_safe_inplace_saved", None)
+        return tensor if saved is None else _C.guard_unpack(saved)
+
+    return watched
+
+
+def _through(pack: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+    """The hook that keeps what a recomputation saves. It is given an alias that carries guard's entry: both live as long as
+    checkpoint keeps them."""
+
+    def watched(tensor: torch.Tensor) -> Any:
+        saved = _C.guard_pack(tensor)
+        alias = saved.value.detach()
+        alias._safe_inplace_saved = saved
+        return pack(alias)
+
+    return watched
 
 
 def _short(operator: str) -> str:
@@ -386,6 +446,14 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     for name in tensor.__tensor_flatten__()[0]:
         yield from _parts(getattr(tensor, name))
+
+
+_entered = threading.local()
+
+
+def _open_here() -> list[guard]:
+    """The guards that this thread has entered and not left, the innermost last."""
+    return _entered.__dict__.setdefault("guards", [])
 
 
 class guard:
@@ -423,23 +491,30 @@ class guard:
         self.verify = verify
         self._lock = threading.Lock()
         self._hazards: dict[tuple[Any, ...], Hazard] = {}
-        self._entered = threading.local()
         self._pending: list[tuple[Hazard, torch.Tensor]] = []
 
     # -- as a context manager and decorator
 
     def __enter__(self) -> guard:
         _let_higher_order_operators_pass()
-        outer = _C.guard_enter(self)
-        _function_transforms.enter()
-        self._entered.__dict__.setdefault("stack", []).append(outer)
+        _C.guard_enter(self)
+        _torch_patches.enter()
+        _open_here().append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _function_transforms.exit()
-        _C.guard_exit(self._entered.stack.pop())
+        here = _open_here()
+        if self not in here:
+            raise RuntimeError(
+                "guard: left in another thread than the one that entered it, where it is still open; a generator or a "
+                "coroutine that holds one must be closed where it ran"
+            )
+        # Usually the last; guards that overlap (an ExitStack, two generators) may be left in any order.
+        del here[len(here) - 1 - here[::-1].index(self)]
+        _torch_patches.exit()
+        _C.guard_exit(here[-1] if here else None)
 
     def __call__(self, function: F) -> F:
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
@@ -497,7 +572,7 @@ class guard:
 
     # -- called from csrc/guard.cpp
 
-    def _on_write(self, saved: list[_C.Saved], op: str, place: Place, written: torch.Tensor) -> None:
+    def _on_write(self, saved: list[_C.Saved], op: str, place: Place) -> None:
         """`op` at `place` is about to overwrite these saved values."""
         by_hazard: dict[int, tuple[Hazard, list[_C.Saved]]] = {}
         for entry in saved:
@@ -508,7 +583,7 @@ class guard:
             hazard.count += 1
             if self.on_hazard == "copy":
                 for entry in entries:
-                    nbytes, before = entry.value.nbytes, len(copied)
+                    nbytes, before = _nbytes(entry.value), len(copied)
                     entry.replace(_private_copy(entry.value, copied))
                     hazard.bytes_copied += nbytes if len(copied) > before else 0
             elif self.on_hazard == "raise":
@@ -519,7 +594,7 @@ class guard:
                     entry.release()
                 self._warn(hazard)
 
-    def _on_version(self, saved: list[_C.Saved], op: str, place: Place, written: torch.Tensor) -> None:
+    def _on_version(self, saved: list[_C.Saved], op: str, place: Place) -> None:
         """`op` at `place` raised the version of these saved values and left their bytes as they were."""
         for entry in saved:
             if self.on_hazard == "copy":
@@ -584,22 +659,30 @@ class guard:
 
     def _describe(self, kind: str, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
         value = saved.value
-        save = _site(saved.place)
+        save, mutation = _site(saved.place), _site(place)
+        frame, by = _writer(place[0])
+        rewritten = Rewritten(parameter=saved.parameter)
+        if mutation is not None and op is not None and not rewritten.parameter:
+            rewritten = out_of_place(
+                mutation.source, mutation.columns, op.partition("::")[2].split(".")[0], frame
+            )
         saved_by = saved.op and _short(saved.op)
         if saved_by is None:
             # No operator was running: an autograd.Function, named as the line that called it does.
             saved_by = save.expression.split("(")[0] if save else "autograd.Function"
         return Hazard(
             kind,
-            _site(place),
+            mutation,
             save,
             op and _short(op),
             saved_by,
-            tuple(value.shape),
+            _shape(value),
             value.dtype,
             value.device,
-            value.nbytes if value.layout == torch.strided else value.numel() * value.element_size(),
+            _nbytes(value),
             used=saved.unpacked > 0 and kind in ("overwritten", "version"),
+            rewritten=rewritten,
+            by=by,
         )
 
     def _find(self, kind: str, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
@@ -618,6 +701,38 @@ class guard:
             warnings.warn(HazardWarning(hazard), stacklevel=2)
         else:
             warnings.warn_explicit(HazardWarning(hazard), None, site.filename, site.lineno)
+
+
+def _writer(code: CodeType | None) -> tuple[FrameType | None, Literal["optimizer", "ddp"] | None]:
+    """The frame of `code` among the callers of this function, and the part of torch that it called."""
+    by: Literal["optimizer", "ddp"] | None = None
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        filename = frame.f_code.co_filename
+        if filename.startswith(_OPTIMIZERS):
+            by = "optimizer"
+        elif filename == _DDP:
+            by = "ddp"
+        frame = frame.f_back
+    return (None, None) if frame is None else (frame, by)
+
+
+def _shape(value: torch.Tensor) -> tuple[int | str, ...]:
+    """A size that differs from one part of a nested tensor to the next is written as torch does, or *."""
+    if value.is_nested and value.layout == torch.strided:
+        columns = value._nested_tensor_size().t().tolist()
+        return (value.size(0), *(column[0] if len(set(column)) == 1 else "*" for column in columns))
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+
+
+def _nbytes(value: torch.Tensor) -> int:
+    if value.layout == torch.sparse_coo:
+        return value._indices().nbytes + value._values().nbytes
+    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return value.crow_indices().nbytes + value.col_indices().nbytes + value.values().nbytes
+    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return value.ccol_indices().nbytes + value.row_indices().nbytes + value.values().nbytes
+    return value.numel() * value.element_size()
 
 
 def _key(kind: str, saved: _C.Saved, place: Place) -> tuple[Any, ...]:

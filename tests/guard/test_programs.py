@@ -1,13 +1,18 @@
-"""The differential test: random programs by torch, under guard, and out of place.
+"""The differential tests: random programs by torch, under guard, and out of place.
 
-SAFE_INPLACE_GUARD_PROGRAMS sets how many programs that torch refuses must be met (20000 for a full run).
+SAFE_INPLACE_GUARD_PROGRAMS sets how many programs that torch refuses must be met by each (20000 for a full run):
+
+    SAFE_INPLACE_GUARD_PROGRAMS=20000 python -m tests.guard.test_programs
 """
 
 import os
+from collections import Counter
 
+import pytest
 import torch
 
-from safe_inplace import HazardError, guard
+from safe_inplace import HazardError, HazardWarning, guard
+from tests import fuzz
 
 from .programs import generate, in_place, out_of_place
 
@@ -52,8 +57,85 @@ def check(seed):
     return False
 
 
-def test_copies_give_the_gradients_of_the_program_out_of_place():
+def refuses_an_overwritten_value(refused):
+    return refused is not None and REFUSED in str(refused.error)
+
+
+def under(mode, program):
+    run = fuzz.Torch(program)
+    with guard(mode) as watched:
+        return run, fuzz.attempt(run), watched
+
+
+def check_fuzz(name):
+    """How a program of tests.fuzz ended: it has detached aliases, views, hooks, writes under no_grad, several backwards,
+    kept graphs and second derivatives besides."""
+    # A graph that backward freed ends a program for a reason that is none of guard's.
+    program = fuzz.keeping_graphs(fuzz.generate(name))
+    rtol = 1e-3 if program.dtype == torch.float32 else 1e-8
+    plain = fuzz.Torch(program)
+    refused = fuzz.attempt(plain)
+    _, warned, _ = under("warn", program)
+    _, raised, _ = under("raise", program)
+    repaired, left, watched = under("copy", program)
+    told = f"{program}\nplain {refused and refused.error}\ncopy {left and left.error}"
+    if refused is None:
+        # A value that is overwritten and never asked for is a hazard all the same: "raise" may stop where torch does not.
+        assert warned is None and left is None, told
+        assert raised is None or isinstance(raised.error, HazardError), told
+        fuzz.compare(repaired, plain, rtol, "copy against torch")
+        return "finishes"
+    if not refuses_an_overwritten_value(refused):
+        assert (warned.step, left.step) == (refused.step, refused.step), told
+        return "refused for another reason"
+    assert warned.step == refused.step and refuses_an_overwritten_value(warned), told
+    assert isinstance(raised.error, HazardError) and raised.step <= refused.step, told
+    assert watched.hazards_seen > 0, told
+    assert left is None or (left.step >= refused.step and not refuses_an_overwritten_value(left)), told
+    stop = None if left is None else left.step
+    try:
+        expected = fuzz.Functional(program).run(stop)
+    except fuzz.Unsupported:
+        return "refused, and the reference has no meaning for a step"
+    if stop is not None:
+        with guard("copy"):
+            repaired = fuzz.Torch(program).run(stop)
+    fuzz.compare(repaired, expected, rtol, "copy against the program out of place", hooks=False)
+    return "refused, repaired"
+
+
+def run_fuzz(wanted):
+    ends = Counter()
+    while ends["refused, repaired"] < wanted:
+        name = f"guard:{ends.total()}"
+        try:
+            ends[check_fuzz(name)] += 1
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+    return ends
+
+
+def run_programs(wanted):
     refused = seed = 0
-    while refused < WANTED:
+    while refused < wanted:
         refused += check(seed)
         seed += 1
+    return refused, seed
+
+
+def test_copies_give_the_gradients_of_the_program_out_of_place():
+    run_programs(WANTED)
+
+
+@pytest.mark.filterwarnings("ignore::safe_inplace.HazardWarning")
+def test_programs_of_the_fuzz():
+    run_fuzz(WANTED // 4)
+
+
+if __name__ == "__main__":
+    import warnings
+
+    warnings.simplefilter("ignore", HazardWarning)
+    torch.set_num_threads(1)
+    print("{} of {} programs refused by torch, each repaired".format(*run_programs(WANTED)))
+    print(f"of tests.fuzz: {dict(run_fuzz(WANTED))}")
