@@ -213,7 +213,7 @@ struct SavedObject {
   uint32_t version;
   bool versioned;
   bool parameter; // a leaf that requires grad, or a view of one
-  bool value_unused; // saved, but backward does not read it: running statistics of a batch norm that trains
+  bool unread; // saved, but backward does not read it: running statistics of a batch norm that trains
   bool released; // the writer has been told, or the value is a private copy: later writes change nothing
   const void* unpacked_by; // the node
   long unpacked;
@@ -232,6 +232,11 @@ SavedObject* saved(PyObject* object) {
 
 uint32_t version_of(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->version_counter().current_version();
+}
+
+// It has been written since, or something beside it in the same base has: what plain torch refuses.
+bool stale(const SavedObject* entry) {
+  return entry->versioned && version_of(entry->value) != entry->version;
 }
 
 // Every live saved value by the memory it lies in. Changed with the GIL held and the mutex locked; read with either.
@@ -280,7 +285,7 @@ Ledger& ledger() {
 }
 
 bool plain(const at::Tensor& tensor) {
-  // A subclass's own dispatch, functorch's wrappers and fakes stand for other tensors; what they do to those is seen.
+  // Subclasses, functorch's wrappers and fakes stand for other tensors.
   constexpr auto stand_ins = c10::DispatchKeySet(
       {c10::DispatchKey::Python,
        c10::DispatchKey::FuncTorchBatched,
@@ -421,6 +426,21 @@ bool moved(const SavedObject* entry) {
   return plain(entry->value) && impl->has_storage() && !entry->extents.empty() && impl->unsafe_storage().data() != entry->extents[0].base;
 }
 
+// The plain tensors that a tensor subclass is made of, as guard.py knows them.
+template <class F>
+void each_plain(const at::Tensor& tensor, PyObject* policy, const F& visit, const char* which = "_parts") {
+  if (plain(tensor)) {
+    visit(tensor);
+  } else if (policy != nullptr) {
+    const auto wrapped = checked(THPVariable_Wrap(tensor));
+    const auto parts = checked(PyObject_CallMethod(policy, which, "O", wrapped.get()));
+    const auto sequence = checked(PySequence_Fast(parts.get(), "the parts of a tensor subclass"));
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.get()); ++i) {
+      visit(THPVariable_Unpack(PySequence_Fast_GET_ITEM(sequence.get(), i)));
+    }
+  }
+}
+
 enum class Change { bytes, unannotated_bytes, layout };
 
 // The writes of one operator: judged before it runs, and once more after it.
@@ -477,11 +497,18 @@ class Writes {
 
   void look_at(const at::Tensor& tensor, Change change) {
     const bool saves = at::GradMode::is_enabled();
-    if (!plain(tensor) || (!saves && ledger().size.load(std::memory_order_relaxed) == 0)) {
+    if (!saves && ledger().size.load(std::memory_order_relaxed) == 0) {
       return;
     }
     std::vector<Extent> extents;
-    append_extents(extents, tensor);
+    if (plain(tensor)) {
+      append_extents(extents, tensor);
+    } else {
+      // What the subclass's own dispatch does to its parts is out of sight: torch switches the keys off in there.
+      pybind11::gil_scoped_acquire gil;
+      const auto append = [&](const at::Tensor& part) { append_extents(extents, part); };
+      each_plain(tensor, current_policy(), append, "_written_parts");
+    }
     if (saves && change == Change::bytes) {
       const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
       for (const auto& extent : extents) {
@@ -504,14 +531,17 @@ class Writes {
     }
     std::vector<Object> hits;
     const auto consider = [&](SavedObject* entry) {
-      if (entry->released || moved(entry) || dies_with_this_node(entry) ||
-          (entry->value_unused && change == Change::unannotated_bytes)) {
+      if (entry->released || moved(entry) || dies_with_this_node(entry)) {
+        return;
+      }
+      const auto is_it = [entry](const Object& hit) { return saved(hit.get()) == entry; };
+      if (entry->extents.size() > 1 && std::any_of(hits.begin(), hits.end(), is_it)) {
         return;
       }
       auto object = share(reinterpret_cast<PyObject*>(entry));
-      if (change != Change::layout && overlap_any(extents, entry->extents)) {
+      if (change != Change::layout && !entry->unread && overlap_any(extents, entry->extents)) {
         hits.push_back(std::move(object));
-      } else if (entry->versioned) {
+      } else if (entry->versioned && !stale(entry)) {
         neighbours_.emplace_back(std::move(object), version_of(entry->value));
       }
     };
@@ -536,8 +566,7 @@ class Writes {
       }
       last = target.extent.base;
       for (auto* entry : found->second) {
-        if (entry->number >= saved_before_ && entry->versioned && !entry->released &&
-            version_of(entry->value) != entry->version) {
+        if (entry->number >= saved_before_ && !entry->released && stale(entry)) {
           raised.push_back(share(reinterpret_cast<PyObject*>(entry)));
         }
       }
@@ -567,21 +596,6 @@ void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::
 }
 
 // ---- saving
-
-// The plain tensors that a tensor subclass is made of, as guard.py knows them.
-template <class F>
-void each_plain(const at::Tensor& tensor, PyObject* policy, const F& visit) {
-  if (plain(tensor)) {
-    visit(tensor);
-  } else if (policy != nullptr) {
-    const auto wrapped = checked(THPVariable_Wrap(tensor));
-    const auto parts = checked(PyObject_CallMethod(policy, "_parts", "O", wrapped.get()));
-    const auto sequence = checked(PySequence_Fast(parts.get(), "the parts of a tensor subclass"));
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.get()); ++i) {
-      visit(THPVariable_Unpack(PySequence_Fast_GET_ITEM(sequence.get(), i)));
-    }
-  }
-}
 
 std::vector<at::Tensor> fingerprints_of(const at::Tensor& tensor, PyObject* policy) {
   std::vector<at::Tensor> fingerprints;
@@ -650,7 +664,7 @@ PyObject* pack(PyObject*, PyObject* argument) {
   entry->parameter = is_parameter(tensor);
   if (running != nullptr) {
     entry->op = running->op.operator_name();
-    entry->value_unused = saved_by_training_batch_norm(entry);
+    entry->unread = saved_by_training_batch_norm(entry);
   }
   entry->place = current_place();
   if (policy != nullptr) {
@@ -659,7 +673,7 @@ PyObject* pack(PyObject*, PyObject* argument) {
       hit.push_back(share(object.get()));
       ask_policy(policy, "_on_write", hit, op->op);
     }
-    if (!entry->value_unused && !entry->released && flag_of(policy, "verify")) {
+    if (!entry->unread && !entry->released && flag_of(policy, "verify")) {
       entry->fingerprints = fingerprints_of(entry->value, policy);
     }
   }
@@ -675,7 +689,7 @@ PyObject* unpack(PyObject*, PyObject* argument) {
   TORCH_CHECK_TYPE(Py_TYPE(argument) == saved_type, "guard_unpack takes what guard_pack returned");
   auto* entry = saved(argument);
   entry->unpacked_by = torch::autograd::get_current_node().get();
-  if (entry->versioned && version_of(entry->value) != entry->version) {
+  if (stale(entry)) {
     PyObject* policy = entry->policy.get();
     TORCH_CHECK(
         policy != nullptr,
@@ -769,6 +783,14 @@ PyObject* saved_get_place(PyObject* self, void*) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* saved_get_unread(PyObject* self, void*) {
+  return PyBool_FromLong(saved(self)->unread);
+}
+
+PyObject* saved_get_stale(PyObject* self, void*) {
+  return PyBool_FromLong(stale(saved(self)));
+}
+
 PyObject* saved_get_parameter(PyObject* self, void*) {
   return PyBool_FromLong(saved(self)->parameter);
 }
@@ -801,6 +823,8 @@ PyGetSetDef saved_attributes[] = {
     {"value", saved_get_value, nullptr, nullptr, nullptr},
     {"op", saved_get_op, nullptr, nullptr, nullptr},
     {"place", saved_get_place, nullptr, nullptr, nullptr},
+    {"unread", saved_get_unread, nullptr, nullptr, nullptr},
+    {"stale", saved_get_stale, nullptr, nullptr, nullptr},
     {"parameter", saved_get_parameter, nullptr, nullptr, nullptr},
     {"version", saved_get_version, nullptr, nullptr, nullptr},
     {"unpacked", saved_get_unpacked, nullptr, nullptr, nullptr},
@@ -846,13 +870,18 @@ PyObject* enter(PyObject*, PyObject* policy) {
   END_HANDLE_TH_ERRORS
 }
 
-// One guard less; `policy` decides from here, None where the watch ends.
-PyObject* exit(PyObject*, PyObject* policy) {
+// One guard less, that with `inside` guards inside of it; `policy` decides from here, None where the watch ends.
+PyObject* exit(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
+  PyObject* policy = nullptr;
+  int inside = 0;
+  if (!PyArg_ParseTuple(arguments, "Oi", &policy, &inside)) {
+    return nullptr;
+  }
   // Hooks that were pushed inside the guard and outlive it (an ExitStack closed in another order) stay as they are.
   std::vector<std::pair<c10::SafePyObject, c10::SafePyObject>> others;
   const auto& stack = at::SavedTensorDefaultHooks::get_tls_state().stack;
-  while (!stack.empty() && !top_hooks_are_ours()) {
+  while (!stack.empty() && (!top_hooks_are_ours() || inside-- > 0)) {
     others.push_back(at::SavedTensorDefaultHooks::pop_hooks());
   }
   if (!stack.empty()) {
@@ -899,7 +928,7 @@ PyObject* share_memory(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 
 PyMethodDef functions[] = {
     {"guard_enter", enter, METH_O, nullptr},
-    {"guard_exit", exit, METH_O, nullptr},
+    {"guard_exit", exit, METH_VARARGS, nullptr},
     {"guard_current", current, METH_NOARGS, nullptr},
     {"guard_live", live, METH_NOARGS, nullptr},
     {"guard_pack", pack, METH_O, nullptr},

@@ -91,7 +91,8 @@ def _is_name(node: ast.expr) -> bool:
 
 
 def _is_parameter(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_leaf and value.requires_grad
+    # A view is not asked: torch may refuse to say whether it is a leaf.
+    return isinstance(value, torch.Tensor) and not value._is_view() and value.is_leaf and value.requires_grad
 
 
 class _Text:

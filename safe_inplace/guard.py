@@ -133,6 +133,7 @@ class Hazard:
     nbytes: int
     used: bool = False
     rewritten: Rewritten = Rewritten()
+    unread: bool = False  # saved, but backward would be right without it
     by: Literal["optimizer", "ddp"] | None = None  # the part of torch that wrote, where it is one of these
     count: int = 0
     bytes_copied: int = 0
@@ -189,7 +190,12 @@ class Hazard:
             advice.append(f"What runs here writes with {op}(): use its out-of-place form, {op[:-1]}() (a module: inplace=False).")
         else:
             advice.append("Write to memory that nothing has saved: a clone(), or a new tensor.")
-        if self.kind == "version":
+        if self.unread:
+            advice.append(
+                "Backward does not read the running statistics that batch norm in train mode saved: torch refuses by the "
+                "version alone. Run backward before the write."
+            )
+        elif self.kind == "version":
             advice.append(
                 "The saved bytes are intact: torch counts versions for all views of one tensor together. Save a clone() "
                 "of the view, or collect the parts in a list and torch.stack them."
@@ -213,7 +219,7 @@ class Hazard:
         headline = {
             "overwritten": "a value needed for gradient computation is about to be modified by an inplace operation",
             "version": "one of the variables needed for gradient computation has been modified by an inplace operation "
-            "(a write beside it, in the same base)",
+            "(its version alone: backward would be right)",
             "unseen": "one of the variables needed for gradient computation has been modified by an inplace operation "
             "that ran outside the guard",
             "corrupted": "a value needed for gradient computation changed, and no operator says that it wrote it",
@@ -512,9 +518,10 @@ class guard:
                 "coroutine that holds one must be closed where it ran"
             )
         # Usually the last; guards that overlap (an ExitStack, two generators) may be left in any order.
-        del here[len(here) - 1 - here[::-1].index(self)]
+        inside = here[::-1].index(self)
+        del here[len(here) - 1 - inside]
         _torch_patches.exit()
-        _C.guard_exit(here[-1] if here else None)
+        _C.guard_exit(here[-1] if here else None, inside)
 
     def __call__(self, function: F) -> F:
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
@@ -576,6 +583,8 @@ class guard:
         """`op` at `place` is about to overwrite these saved values."""
         by_hazard: dict[int, tuple[Hazard, list[_C.Saved]]] = {}
         for entry in saved:
+            if self.on_hazard == "copy" and entry.stale:
+                continue  # lost before this guard could see it: a copy would hide that from backward
             hazard = self._find("overwritten", entry, op, place)
             by_hazard.setdefault(id(hazard), (hazard, []))[1].append(entry)
         copied: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -655,6 +664,13 @@ class guard:
     def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
         return list(_parts(tensor))
 
+    @staticmethod
+    def _written_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+        """A write leaves alone what describes the values: nested tensors of one structure share their offsets."""
+        if tensor.layout == torch.jagged and hasattr(tensor, "_values"):
+            return list(_parts(tensor._values))
+        return [part for part in _parts(tensor) if part.dtype == tensor.dtype]
+
     # -- the rest
 
     def _describe(self, kind: str, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
@@ -682,6 +698,7 @@ class guard:
             _nbytes(value),
             used=saved.unpacked > 0 and kind in ("overwritten", "version"),
             rewritten=rewritten,
+            unread=saved.unread,
             by=by,
         )
 
@@ -732,6 +749,8 @@ def _nbytes(value: torch.Tensor) -> int:
         return value.crow_indices().nbytes + value.col_indices().nbytes + value.values().nbytes
     if value.layout in (torch.sparse_csc, torch.sparse_bsc):
         return value.ccol_indices().nbytes + value.row_indices().nbytes + value.values().nbytes
+    if value.layout == torch.jagged:
+        return value.values().nbytes
     return value.numel() * value.element_size()
 
 
@@ -743,7 +762,11 @@ def _private_copy(value: torch.Tensor, copied: dict[tuple[Any, ...], torch.Tenso
     """A copy of `value` in memory of its own. Values that occupy the very same bytes, such as a weight and its transpose,
     share one."""
     with torch.no_grad():
-        plain = type(value) is torch.Tensor and value.layout == torch.strided and not (value.is_conj() or value.is_neg())
+        plain = (
+            type(value) is torch.Tensor
+            and value.layout == torch.strided
+            and not (value.is_nested or value.is_conj() or value.is_neg())
+        )
         if not (plain and torch.ops.aten.is_non_overlapping_and_dense(value)):
             key = (id(value),)
             copied[key] = value.clone()

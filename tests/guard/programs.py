@@ -2,6 +2,8 @@
 writes: there a base is a value that is replaced, and a view is the positions in it."""
 
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -98,26 +100,32 @@ def _torn(x: torch.Tensor, other: torch.Tensor) -> bool:
     return same_memory and (x.storage_offset(), x.stride()) != (other.storage_offset(), other.stride())
 
 
-def in_place(steps: list[Step], seed: int) -> tuple[torch.Tensor, ...]:
+def _do(step: Step, values: list[torch.Tensor]) -> None:
+    x = values[step.of]
+    if step.kind == "unary":
+        values.append(UNARY[step.name](x))
+    elif step.kind == "binary":
+        values.append(BINARY[step.name](x, values[step.other]))
+    elif step.kind == "view":
+        values.append(VIEWS[step.name](x))
+    elif step.kind == "write":
+        other = values[step.other] if isinstance(step.other, int) else torch.tensor(step.other, dtype=x.dtype)
+        if _torn(x, other):
+            other = other.clone()
+        getattr(x, step.name)(other)
+    else:
+        getattr(x, step.name)()
+
+
+def in_place(
+    steps: list[Step], seed: int, around: Callable[[int], AbstractContextManager] = lambda index: nullcontext()
+) -> tuple[torch.Tensor, ...]:
+    """`around` opens what a step runs in; backward runs outside of it."""
     inputs = leaves(seed)
     values = [leaf * 1 for leaf in inputs]
-    for step in steps:
-        x = values[step.of]
-        if step.kind == "unary":
-            values.append(UNARY[step.name](x))
-        elif step.kind == "binary":
-            values.append(BINARY[step.name](x, values[step.other]))
-        elif step.kind == "view":
-            values.append(VIEWS[step.name](x))
-        elif step.kind == "write":
-            other = values[step.other] if isinstance(step.other, int) else torch.tensor(step.other, dtype=x.dtype)
-            if _torn(x, other):
-                other = other.clone()
-            getattr(x, step.name)(other)
-        elif step.name == "zero_":
-            x.zero_()
-        else:
-            getattr(x, step.name)()
+    for index, step in enumerate(steps):
+        with around(index):
+            _do(step, values)
     return torch.autograd.grad(_loss(values), inputs)
 
 
