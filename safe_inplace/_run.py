@@ -11,7 +11,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from .guard import HazardError, _wants_color, guard
+from .guard import HazardError, guard
+
+_GUARD = guard.__init__.__code__.co_filename
+
+
+def _wants_color(stream: Any) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -51,7 +57,7 @@ def _print_exception(error: BaseException) -> None:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<frozen ") and frame.filename not in (__file__, runpy.__file__)
+        if not frame.filename.startswith("<frozen ") and frame.filename not in (__file__, runpy.__file__, _GUARD)
     ]
     if isinstance(error, HazardError):
         print("Traceback (most recent call last):", file=sys.stderr)

@@ -268,10 +268,6 @@ class Hazard:
         }
 
 
-def _wants_color(stream: Any) -> bool:
-    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-
-
 class _Report(Exception):
     """What HazardError and HazardWarning have in common: the hazard's fields, and a text with both source lines."""
 
@@ -288,7 +284,8 @@ class _Report(Exception):
         self.remedies = hazard.remedies
 
     def __str__(self) -> str:
-        return self.hazard.text(color=_wants_color(sys.stderr))
+        # Plain: a message may end up in a log. `python -m safe_inplace run` colours its summary on a terminal.
+        return self.hazard.text()
 
 
 class HazardError(_Report, RuntimeError):

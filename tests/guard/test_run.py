@@ -11,6 +11,7 @@ import pytest
 
 import safe_inplace
 
+ROOT = Path(safe_inplace.__file__).parent.parent
 PROGRAM = textwrap.dedent(
     """
     import sys
@@ -29,7 +30,8 @@ PROGRAM = textwrap.dedent(
         else:
             step(x).sum().backward()
     print(__name__, sys.argv[1:], x.grad.tolist())
-    sys.exit(3 if "three" in sys.argv else None)
+    if "three" in sys.argv:
+        sys.exit(3)
     """
 ).lstrip()
 
@@ -38,7 +40,7 @@ def run(folder, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "safe_inplace", "run", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(safe_inplace.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -61,7 +63,39 @@ def test_raise_stops_at_the_write(program):
     assert "safe_inplace guard: 1 hazard between 1 pair of lines" in done.stderr
     assert f"program.py:{line('h.mul_')}, in step" in done.stderr
     assert f"program.py:{line('y = h')}, in step" in done.stderr
+    assert "guard.py" not in done.stderr
     assert done.stderr.count("y = h * h") == 1 and "runpy" not in done.stderr and "\x1b" not in done.stderr
+
+
+def test_colour_on_a_terminal_and_nowhere_else(program):
+    """What the program writes to a log of its own stays plain, wherever its messages go."""
+    (program / "logs.py").write_text(
+        PROGRAM + "\n" + "import logging\nlogging.basicConfig(filename='log')\n"
+        "try:\n    step(x)\nexcept RuntimeError:\n    logging.exception('caught')\n"
+    )
+    master, terminal = os.openpty()
+    done = subprocess.Popen(
+        [sys.executable, "-m", "safe_inplace", "run", "logs.py", "clean"],
+        cwd=program,
+        env={**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    shown = b""
+    while chunk := _read(master):
+        shown += chunk
+    assert done.wait(timeout=120) == 1
+    assert b"\x1b[1;31mwritten" in shown and b"h.mul_(10)" in shown
+    logged = (program / "log").read_text()
+    assert "HazardError" in logged and "h.mul_(10)" in logged and "\x1b" not in logged
+
+
+def _read(descriptor):
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:  # on Linux that is how a terminal ends
+        return b""
 
 
 def test_copy_runs_on_and_counts(program):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as distributed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -120,7 +121,6 @@ def test_scaled_gradients_that_overflow(dtype, verify):
 
 @pytest.fixture(scope="module")
 def process_group():
-    distributed = pytest.importorskip("torch.distributed")
     with tempfile.TemporaryDirectory() as folder:
         distributed.init_process_group(
             "gloo", store=distributed.FileStore(os.path.join(folder, "store"), 1), rank=0, world_size=1
