@@ -97,7 +97,6 @@ def check_fuzz(name):
     kept graphs and second derivatives besides."""
     # A graph that backward freed ends a program for a reason that is none of guard's.
     program = fuzz.keeping_graphs(fuzz.generate(name))
-    rtol = 1e-3 if program.dtype == torch.float32 else 1e-8
     plain = fuzz.Torch(program)
     refused = fuzz.attempt(plain)
     _, warned, _ = under("warn", program)
@@ -108,7 +107,7 @@ def check_fuzz(name):
         # A value that is overwritten and never asked for is a hazard all the same: "raise" may stop where torch does not.
         assert warned is None and left is None, told
         assert raised is None or isinstance(raised.error, HazardError), told
-        fuzz.compare(repaired, plain, rtol, "copy against torch")
+        fuzz.compare(repaired, plain, "copy against torch")
         return "finishes"
     assert warned is not None and warned.step == refused.step and raised is not None, told
     overwritten = refuses_an_overwritten_value(refused)
@@ -127,7 +126,7 @@ def check_fuzz(name):
     if stop is not None:
         with guard("copy"):
             repaired = fuzz.Torch(program).run(stop)
-    fuzz.compare(repaired, expected, rtol, "copy against the program out of place", hooks=False)
+    fuzz.compare(repaired, expected, "copy against the program out of place", hooks=False)
     return "refused, repaired"
 
 
