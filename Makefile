@@ -1,4 +1,4 @@
-# make test | demo | bench | bench-full | clean
+# make test | demo | bench | bench-full | lint | clean
 #
 # Each target sets up what it needs, in a virtual environment of its own per torch:
 #   TORCH=torch==2.14.1 make test     another torch (any requirement pip understands)
@@ -50,7 +50,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 # What the tests need, and what they need besides with this torch, where pyproject.toml has an extra named after it.
 TEST_EXTRAS := test demo $(shell sed -nE 's/^"(test-$(KEY))" = .*/\1/p' pyproject.toml)
 
-.PHONY: help test demo bench bench-full clean again
+.PHONY: help test demo bench bench-full lint clean again
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -74,6 +74,11 @@ bench: $(BUILT) $(call extra,bench)
 bench-full: $(BUILT) $(call extra,bench)
 	$(call say,the benchmarks - the full set)
 	@$(PY) -m benchmarks --full $(ARGS)
+
+lint: $(BUILT) $(call extra,lint)
+	$(call say,ruff and mypy)
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
 
 clean:
 	$(call say,removing build/ and dist/ and the extension in the tree; .venv/ stays)

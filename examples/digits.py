@@ -296,8 +296,8 @@ def plot(runs: list[Run], options: argparse.Namespace, path: Path) -> None:
 
     samples = [1e3 * np.array(run.step_times) for run in runs]
     boxes = times.boxplot(samples, orientation="horizontal", showfliers=False, widths=0.5, patch_artist=True)
-    for box, median, run in zip(boxes["boxes"], boxes["medians"], runs, strict=True):
-        box.set(facecolor=colors[run.name], alpha=0.5, edgecolor=colors[run.name])
+    for drawn, median, run in zip(boxes["boxes"], boxes["medians"], runs, strict=True):
+        drawn.set(facecolor=colors[run.name], alpha=0.5, edgecolor=colors[run.name])
         median.set(color="black")
     times.set_yticks(range(1, len(runs) + 1), [run.name for run in runs])
     times.invert_yaxis()

@@ -119,7 +119,7 @@ def first_sentence(error: Exception) -> str:
 
 def why(module: Module, leaf: bool) -> str:
     """Asks autograd what it saved, at which line, and whether that memory was written to afterwards."""
-    x, given, w = inputs(leaf)
+    _, given, w = inputs(leaf)
     saved: list[tuple[str, Tensor, int]] = []
 
     def pack(tensor: Tensor) -> Tensor:

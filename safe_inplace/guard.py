@@ -31,6 +31,7 @@ from ._rewrite import Rewritten, out_of_place
 __all__ = ["HazardError", "HazardWarning", "Site", "guard"]
 
 OnHazard = Literal["raise", "warn", "copy"]
+Kind = Literal["overwritten", "version", "unseen", "corrupted"]
 Place = tuple[CodeType | None, int]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -122,7 +123,7 @@ def _bytes_in_words(count: int) -> str:
 class Hazard:
     """One pair of lines: a write and the save that it destroys. What happened again between the same lines is counted."""
 
-    kind: Literal["overwritten", "version", "unseen", "corrupted"]
+    kind: Kind
     mutation: Site | None
     save: Site | None
     op: str | None
@@ -132,7 +133,7 @@ class Hazard:
     device: torch.device
     nbytes: int
     used: bool = False
-    rewritten: Rewritten = Rewritten()
+    rewritten: Rewritten = field(default_factory=Rewritten)
     unread: bool = False  # saved, but backward would be right without it
     by: Literal["optimizer", "ddp"] | None = None  # the part of torch that wrote, where it is one of these
     count: int = 0
@@ -238,15 +239,17 @@ class Hazard:
                 begin, end = site.columns
                 lines.append("    " + " " * (len(number) + begin) + paint(code, "^" * (end - begin)))
         device = f" on {self.device}" if self.device.type != "cpu" else ""
-        lines.append(
-            f"  {'value':<8}{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]{device}, {_bytes_in_words(self.nbytes)}"
-        )
+        shape = ", ".join(map(str, self.shape))
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines.append(f"  {'value':<8}{dtype}[{shape}]{device}, {_bytes_in_words(self.nbytes)}")
         lines += ["", *(f"  {number}. {remedy}" for number, remedy in enumerate(self.remedies, 1))]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         def site(value: Site | None) -> dict[str, Any] | None:
-            return value and {
+            if value is None:
+                return None
+            return {
                 "filename": value.filename,
                 "lineno": value.lineno,
                 "function": value.function,
@@ -316,6 +319,7 @@ def _let_higher_order_operators_pass() -> None:
     """Higher-order operators refuse every dispatch key that they do not know."""
     key = torch._C._parse_dispatch_key("TESTING_ONLY_GenericMode")
     known = torch._ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS
+    assert key is not None
     if key not in known:
         known.append(key)
         for operator in torch._ops._higher_order_ops.values():
@@ -339,15 +343,15 @@ class _TorchPatches:
             if self._open == 1:
                 self._torch_disable = torch.autograd.graph.disable_saved_tensors_hooks
                 self._torch_enter = saved_tensors_hooks.__enter__
-                torch.autograd.graph.disable_saved_tensors_hooks = self._step_aside
-                saved_tensors_hooks.__enter__ = _enter_hooks
+                torch.autograd.graph.disable_saved_tensors_hooks = self._step_aside  # type: ignore[assignment]
+                saved_tensors_hooks.__enter__ = _enter_hooks  # type: ignore[method-assign]
 
     def exit(self) -> None:
         with self._lock:
             self._open -= 1
             if self._open == 0:
-                torch.autograd.graph.disable_saved_tensors_hooks = self._torch_disable
-                saved_tensors_hooks.__enter__ = self._torch_enter
+                torch.autograd.graph.disable_saved_tensors_hooks = self._torch_disable  # type: ignore[assignment]
+                saved_tensors_hooks.__enter__ = self._torch_enter  # type: ignore[method-assign, assignment]
 
     @contextmanager
     def _step_aside(self, error_message: str) -> Iterator[None]:
@@ -422,7 +426,7 @@ def _through(pack: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], An
     def watched(tensor: torch.Tensor) -> Any:
         saved = _C.guard_pack(tensor)
         alias = saved.value.detach()
-        alias._safe_inplace_saved = saved
+        alias._safe_inplace_saved = saved  # type: ignore[attr-defined]
         return pack(alias)
 
     return watched
@@ -665,12 +669,12 @@ class guard:
     def _written_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
         """A write leaves alone what describes the values: nested tensors of one structure share their offsets."""
         if tensor.layout == torch.jagged and hasattr(tensor, "_values"):
-            return list(_parts(tensor._values))
+            return list(_parts(tensor._values))  # type: ignore[arg-type]
         return [part for part in _parts(tensor) if part.dtype == tensor.dtype]
 
     # -- the rest
 
-    def _describe(self, kind: str, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
+    def _describe(self, kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
         value = saved.value
         save, mutation = _site(saved.place), _site(place)
         frame, by = _writer(place[0])
@@ -699,7 +703,7 @@ class guard:
             by=by,
         )
 
-    def _find(self, kind: str, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
+    def _find(self, kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
         key = _key(kind, saved, place)
         with self._lock:
             hazard = self._hazards.get(key)
@@ -765,9 +769,8 @@ def _private_copy(value: torch.Tensor, copied: dict[tuple[Any, ...], torch.Tenso
             and not (value.is_nested or value.is_conj() or value.is_neg())
         )
         if not (plain and torch.ops.aten.is_non_overlapping_and_dense(value)):
-            key = (id(value),)
-            copied[key] = value.clone()
-            return copied[key]
+            alone = copied[(id(value),)] = value.clone()
+            return alone
         key = (value.data_ptr(), value.numel(), value.dtype)
         flat = copied.get(key)
         if flat is None:

@@ -17,6 +17,7 @@ __all__ = ["add_", "add_mul_", "addcmul_", "mul_", "mul_add_"]
 Number = int | float | complex | bool
 Operand = Tensor | Number
 F = TypeVar("F", bound=Callable[..., Tensor])
+T = TypeVar("T", Tensor, Operand)
 
 
 def _op(formula: F) -> F:
@@ -32,7 +33,7 @@ def _old(input: Tensor) -> Tensor:
     return input.to(torch.float32 if half else input.dtype, copy=True)
 
 
-def _beside(input: Tensor, operand: Operand) -> Operand:
+def _beside(input: Tensor, operand: T) -> T:
     return operand.clone() if operand is input else operand
 
 

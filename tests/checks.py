@@ -99,7 +99,7 @@ class Untouched:
     def __exit__(self, *exc):
         if exc[0] is not None:
             return
-        for tensor, (data, version) in zip(self.tensors, self.before):
+        for tensor, (data, version) in zip(self.tensors, self.before, strict=True):
             assert torch.equal(storage_bytes(tensor), data), "data changed"
             assert tensor._version == version, "version changed"
 

@@ -80,7 +80,7 @@ PRODUCERS = {"leaf", "unary", "binary", "view", "detach", "grad"}
 def broadcasts(shape, target):
     if len(shape) > len(target):
         return False
-    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(target)))
+    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=True))
 
 
 def generate(seed) -> Program:
@@ -323,7 +323,7 @@ def generate(seed) -> Program:
         (grad, 0.5),
         (grad_write, 0.3),
     ]
-    names, weights = zip(*actions)
+    names, weights = zip(*actions, strict=True)
     for action in rng.choices(names, weights, k=rng.randint(3, 11)):
         action()
     if not any(step[0] == "write" for step in steps):
@@ -736,7 +736,7 @@ def amplified(run) -> float:
     program = run.program
     nudged = Program(program.seed, program.dtype, program.steps, nudge=4 * torch.finfo(program.dtype).eps)
     moved = type(run)(nudged).run(run.stopped).result()
-    pairs = [(a, e) for got, want in zip(run.result()[:2], moved[:2]) for a, e in zip(got, want)]
+    pairs = [(a, e) for got, want in zip(run.result()[:2], moved[:2], strict=True) for a, e in zip(got, want, strict=True)]
     return max(float((a.detach() - e.detach()).abs().max()) for a, e in pairs if a is not None and a.numel())
 
 
@@ -755,7 +755,7 @@ def compare_within(tolerance, first, second, what, hooks):
     for kind, ours, theirs in (("v", values_a, values_b), ("gradient of leaf ", grads_a, grads_b)):
         if len(ours) != len(theirs):
             raise Disagreement(f"{what}: {len(ours)} {kind} instead of {len(theirs)}")
-        for index, (a, b) in enumerate(zip(ours, theirs)):
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if not close(a, b, tolerance):
                 raise Disagreement(f"{what}: {kind}{index} is\n{a}\ninstead of\n{b}")
             if hooks and kind == "v" and a.requires_grad != b.requires_grad:
@@ -769,10 +769,10 @@ def compare_within(tolerance, first, second, what, hooks):
     if hooks and not second.extra_nodes:
         if len(seen_a) != len(seen_b):
             raise Disagreement(f"{what}: hooks ran {len(seen_a)} times instead of {len(seen_b)}")
-        for (_, a), (_, b) in zip(seen_a, seen_b):
+        for (_, a), (_, b) in zip(seen_a, seen_b, strict=True):
             if not close(a, b, tolerance):
                 raise Disagreement(f"{what}: a hook saw\n{a}\ninstead of\n{b}")
-        for index, (a, b) in enumerate(zip(first.variables, second.variables)):
+        for index, (a, b) in enumerate(zip(first.variables, second.variables, strict=True)):
             a, b = retained_grad(a), retained_grad(b)
             if not close(a, b, tolerance):
                 raise Disagreement(f"{what}: the retained gradient of v{index} is\n{a}\nnot\n{b}")

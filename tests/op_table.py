@@ -8,8 +8,9 @@ the gradient of which operand. Every other test file is written against these ro
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -72,7 +73,7 @@ class Op:
 
     def saved_values(self, requires_grad: set[str], *values, **parameter) -> list[torch.Tensor]:
         """The tensors that the table allows to be saved, each once."""
-        named = dict(zip(self.arguments, values))
+        named = dict(zip(self.arguments, values, strict=True))
         needed = [n for operand in requires_grad for n in self.saves.get(operand, ())]
         saved = []
         for name in dict.fromkeys(needed):

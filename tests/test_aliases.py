@@ -70,7 +70,7 @@ def test_input_as_operand_gradients(op, where, requires_grad):
     op.function(input, *[input if i in where else o for i, o in enumerate(others)])
     grads = torch.autograd.grad((input * weight).sum(), wanted)
     torch.testing.assert_close(input, expected)
-    for actual, reference in zip(grads, expected_grads):
+    for actual, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(actual, reference)
 
 
@@ -208,5 +208,5 @@ def test_result_used_as_operand_of_the_next_call(op):
 
     actual = torch.autograd.grad(chain(op.function, first, second).sum(), (first, second))
     expected = torch.autograd.grad(chain(op.out_of_place, first, second).sum(), (first, second))
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)

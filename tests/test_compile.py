@@ -497,7 +497,7 @@ def test_compiled_autograd_of_mixed_dtypes_and_some_gradients(op):
     expected = torch.autograd.grad(total(), wanted)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         actual = torch.autograd.grad(total(), wanted)
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -529,7 +529,7 @@ def test_compiled_results_repeat(op):
     compiled = torch.compile(as_intermediate(op.function), backend="aot_eager", fullgraph=True)
     first = run(compiled, leaves)
     for _ in range(3):
-        for a, b in zip(run(compiled, leaves), first):
+        for a, b in zip(run(compiled, leaves), first, strict=True):
             assert_bit_equal(a, b)
 
 

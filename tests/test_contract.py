@@ -42,7 +42,7 @@ def test_returns_the_input_and_bumps_once(op, requires_grad, device):
         input, *operands = layout.tensors(len(op.operands), torch.float32, device)
         if "input" in requires_grad:
             input = input.requires_grad_().clone()
-        for name, operand in zip(op.operands, operands):
+        for name, operand in zip(op.operands, operands, strict=True):
             operand.requires_grad_(name in requires_grad)
         pointer, version, stride = input.data_ptr(), input._version, input.stride()
         result = op.function(input, *operands)
@@ -60,7 +60,7 @@ def test_numbers_bump_once(op):
     for requires_grad in (False, True):
         for kinds in op.kinds():
             input, operands = make(op, {"input"} if requires_grad else (), [(2, 3), (3,)])
-            operands = [0.5 if k == "Scalar" else o for k, o in zip(kinds, operands)]
+            operands = [0.5 if k == "Scalar" else o for k, o in zip(kinds, operands, strict=True)]
             assert op.function(input, *operands) is input
             assert input._version == 1
             if requires_grad:
@@ -193,8 +193,8 @@ def test_saves_nothing_under_no_grad(op):
 def test_numbers_are_never_saved(op):
     for kinds in op.kinds():
         input, operands = make(op, op.arguments, [(6, 5), (5,)])
-        operands = [0.5 if k == "Scalar" else o for k, o in zip(kinds, operands)]
-        requires_grad = {n for n, k in zip(op.operands, kinds) if k == "Tensor"} | {"input"}
+        operands = [0.5 if k == "Scalar" else o for k, o in zip(kinds, operands, strict=True)]
+        requires_grad = {n for n, k in zip(op.operands, kinds, strict=True) if k == "Tensor"} | {"input"}
         expected = op.saved_values(requires_grad, input, *operands)
         with Saved() as saved:
             op.function(input, *operands)
@@ -258,7 +258,7 @@ def test_a_later_write_to_the_result_is_harmless(op):
     for _ in range(3):
         value = op.out_of_place(value, *leaves[1:])
     expected = torch.autograd.grad(value.sum(), leaves)
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -284,5 +284,5 @@ def test_needs_input_grad_only(op):
         grads = node(torch.ones(2, 3))
         grads = grads if isinstance(grads, tuple) else (grads,)
         assert len(grads) == len(op.arguments)
-        for name, grad in zip(op.arguments, grads):
+        for name, grad in zip(op.arguments, grads, strict=True):
             assert (grad is not None) == (name in requires)

@@ -70,7 +70,7 @@ def test_backward_on_several_streams(op):
         current.wait_stream(second)
         torch.cuda._sleep(5_000_000)
         grads = torch.autograd.grad(output, leaves, grad.clone())
-        for actual, right in zip(grads, expected):
+        for actual, right in zip(grads, expected, strict=True):
             torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-2)
         del held
 
@@ -134,7 +134,7 @@ def test_graph_capture_of_forward_and_backward(op):
                 leaf.copy_(torch.randn_like(leaf))
         expected = step()
         graph.replay()
-        for actual, right in zip(captured, expected):
+        for actual, right in zip(captured, expected, strict=True):
             assert_bit_equal(actual, right)
 
 
@@ -148,7 +148,7 @@ def test_graph_trees(op):
         grads = torch.autograd.grad(result.pow(2).sum(), leaves)
         plain = op.out_of_place(leaves[0].sin() * 2, *leaves[1:])
         expected = torch.autograd.grad(plain.pow(2).sum(), leaves)
-        for actual, right in zip(grads, expected):
+        for actual, right in zip(grads, expected, strict=True):
             torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-2)
 
 
@@ -200,7 +200,7 @@ def test_peak_memory_of_backward(op, holder):
     extra = torch.cuda.max_memory_allocated() - before
     # The engine's: made by the product's backward. The caller's: handed on, or its result is written over the kept input.
     assert extra < (9 / 8 if holder == "engine" else 1 / 8) * full
-    for actual, right in zip(grads, expected):
+    for actual, right in zip(grads, expected, strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-2)
 
 
@@ -230,7 +230,7 @@ def test_not_the_current_device(op):
     values = [v.to("cuda:1").requires_grad_() for v in tensors(op)]
     grad = torch.ones(1024, 513, device="cuda:1")
     grads = torch.autograd.grad(op.function(values[0] * 1, *values[1:]), values, grad)
-    for actual, right in zip(grads, expected_grads(op, values, grad)):
+    for actual, right in zip(grads, expected_grads(op, values, grad), strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-2)
 
 
@@ -266,7 +266,7 @@ def test_more_elements_than_32_bits_count(columns):
     grads = torch.autograd.grad(result, [x, scale, shift], grad)
     sums = torch.zeros(2, columns, device="cuda")
     pieces = (t.detach().split(1 << 17) for t in (x, grad, result, grads[0]))
-    for some_x, some_grad, some_result, some_of_grad in zip(*pieces):
+    for some_x, some_grad, some_result, some_of_grad in zip(*pieces, strict=True):
         exact = torch.addcmul(shift.detach().double(), some_x.double(), scale.detach().double())
         assert_close(some_result, exact, torch.finfo(torch.bfloat16).eps)
         assert_bit_equal(some_of_grad, (some_grad * scale.detach()).bfloat16())

@@ -113,7 +113,7 @@ def compare_backward(op, tensors, grad_output, parameter, wanted, owned, simulat
     """Gradients against the formula in double precision; `owned` leaves the incoming gradient to the engine alone."""
 
     def gradients(tensors, function, grad_output):
-        inputs = [t for t, w in zip(tensors, wanted) if w]
+        inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
         result = function(tensors[0].clone(memory_format=torch.preserve_format), *tensors[1:], **parameter)
         if not owned:
             return torch.autograd.grad(result, inputs, grad_output)
@@ -122,16 +122,16 @@ def compare_backward(op, tensors, grad_output, parameter, wanted, owned, simulat
         weight = torch.view_as_real(grad_output) if grad_output.is_complex() else grad_output
         return torch.autograd.grad((real * weight).sum(), inputs)
 
-    leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted)]
+    leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
     with simulated(**simulation):
         launches()
         actual = gradients(leaves, op.function, grad_output)
         seen = launches()
     widest = torch.complex128 if tensors[0].is_complex() else torch.float64
-    exact = [t.detach().to(widest).requires_grad_(w) for t, w in zip(tensors, wanted)]
+    exact = [t.detach().to(widest).requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
     # What the kernels keep is rounded to the dtype; so is the incoming gradient.
     expected = gradients(exact, op.reference, grad_output.to(widest))
-    for a, e, t in zip(actual, expected, (t for t, w in zip(tensors, wanted) if w)):
+    for a, e, t in zip(actual, expected, (t for t, w in zip(tensors, wanted, strict=True) if w), strict=True):
         assert a.dtype == t.dtype and a.shape == t.shape
         terms = max(tensors[0].numel() // max(a.numel(), 1), 1)
         coarse = max((tensors[0].dtype, t.dtype), key=lambda d: torch.finfo(d).eps)
@@ -222,7 +222,7 @@ def test_large_reductions(name, dtype):
     # Neither the order in which blocks and threads run nor who owns the gradient may change a bit.
     for owned, reversed in itertools.product([False, True], repeat=2):
         again, _ = compare_backward(op, tensors, grad_output, {}, wanted, owned, {"reversed": reversed})
-        for a, b in zip(plain, again):
+        for a, b in zip(plain, again, strict=True):
             assert_bit_equal(a, b)
     # Alone, a sum has the bits that it has beside one of the same pattern.
     (alone,), _ = compare_backward(op, tensors, grad_output, {}, [False, True, False], False, {})
@@ -393,7 +393,7 @@ def test_a_sum_over_more_than_32_bits_reach_keeps_its_vectors():
         assert tensors[0].numel() > 3 * far["index_limit"]
         again, (_, reduce, _) = compare_backward(op, tensors, grad_output, {}, [True] * 3, False, far)
         assert (reduce["kernel"], reduce["vector"], reduce["index_bits"]) == ("reduce", 4, 32)
-        for a, b in zip(plain, again):
+        for a, b in zip(plain, again, strict=True):
             assert_bit_equal(a, b)
 
 

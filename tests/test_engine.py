@@ -1,5 +1,6 @@
 """Hooks, kept graphs, anomaly mode, checkpoint, autocast, threads, lifetime: as torch's own."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -179,7 +180,7 @@ def test_partial_backward_then_the_rest(op):
     tensors = leaves(op)
     total = op.function(tensors[0] * 1, *tensors[1:]).sum()
     expected = expected_grads(op, tensors)
-    for tensor, grad in zip(tensors, expected):
+    for tensor, grad in zip(tensors, expected, strict=True):
         close(torch.autograd.grad(total, tensor, retain_graph=True), [grad])
 
 
@@ -446,7 +447,7 @@ def test_many_threads(op):
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(step, inputs))
-    for input, grads in zip(inputs, results):
+    for input, grads in zip(inputs, results, strict=True):
         leaf = input.clone().requires_grad_()
         total = op.out_of_place(leaf * 1, *shared).pow(2).sum()
         expected = torch.autograd.grad(total, [leaf, *shared])
@@ -529,10 +530,8 @@ def test_no_leak_without_backward_and_after_refusals(op):
         input = tensors[0] * 1
         op.function(input, *tensors[1:])
         for bad in ([torch.ones(3)], [None], ["x"]):
-            try:
+            with contextlib.suppress(RuntimeError, TypeError):
                 op.function(input, *bad * len(op.operands))
-            except (RuntimeError, TypeError):
-                pass
 
     for _ in range(200):
         forget()

@@ -111,7 +111,7 @@ OPS_BY_NAME = {op.name: op.function for op in OPS}
     ids=lambda f: f.__name__,
 )
 def test_the_fuzz_finds(broken):
-    with pytest.raises(fuzz.Disagreement, match="reproduce: python -m tests.fuzz"):
+    with pytest.raises(fuzz.Disagreement, match=r"reproduce: python -m tests\.fuzz"):
         fuzz.fuzz("broken", range(2000), sabotaged("mul_add_", broken))
 
 

@@ -72,7 +72,7 @@ def test_gradgradcheck(op, layout):
 
 @pytest.mark.parametrize("op", OPS, **op_ids)
 def test_gradgradcheck_complex(op):
-    layout = next(l for l in KINDS if l.name == "vector_and_row")
+    layout = next(kind for kind in KINDS if kind.name == "vector_and_row")
     assert torch.autograd.gradgradcheck(applied(op), leaves(op, layout, torch.complex128))
 
 
@@ -84,7 +84,7 @@ def test_gradcheck_of_every_subset(op):
             continue
         tensors = [random_tensor((2, 3), torch.float64)]
         tensors += [random_tensor((3,), torch.float64) for _ in op.operands]
-        for tensor, flag in zip(tensors, flags):
+        for tensor, flag in zip(tensors, flags, strict=True):
             tensor.requires_grad_(flag)
         assert torch.autograd.gradcheck(applied(op), tensors, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(applied(op), tensors)
@@ -178,7 +178,7 @@ def test_gradients_equal_float64(op, dtype, device):
         expected = reference_grads(op, tensors, grad_output, parameter)
         result = op.function(keep_memory(tensors[0]), *tensors[1:], **parameter)
         actual = torch.autograd.grad(result, tensors, grad_output)
-        for tensor, a, e in zip(tensors, actual, expected):
+        for tensor, a, e in zip(tensors, actual, expected, strict=True):
             assert a.dtype == tensor.dtype and a.shape == tensor.shape
             terms = max(1, grad_output.numel() // max(1, tensor.numel()))
             assert_close(a, e, grad_tolerance(dtype, terms))
@@ -194,7 +194,7 @@ def test_reductions_accumulate_in_the_wide_dtype(op, dtype, device):
     tensors += [torch.ones(2, dtype=dtype, device=device, requires_grad=True) for _ in op.operands]
     expected = reference_grads(op, tensors, grad_output, {})[1:]
     grads = torch.autograd.grad(op.function(*tensors), tensors[1:], grad_output)
-    for a, e in zip(grads, expected):
+    for a, e in zip(grads, expected, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
@@ -230,7 +230,7 @@ def test_mixed_dtypes_give_each_operand_its_own(op, dtype, operand_dtype, device
         ]
         wide = torch.complex128 if dtype.is_complex else torch.float64
         expected = torch.autograd.grad(op.reference(*leaves), leaves, grad_output.to(wide))
-        for tensor, a, e in zip(tensors, actual, expected):
+        for tensor, a, e in zip(tensors, actual, expected, strict=True):
             assert a.dtype == tensor.dtype and a.shape == tensor.shape
             terms = max(1, grad_output.numel() // max(1, tensor.numel()))
             assert_close(a, e, 4 * narrow + terms * torch.finfo(torch.float32).eps)
@@ -281,7 +281,7 @@ def test_forward_mode_with_tangents_on_some(op):
             def duals():
                 return [
                     fwAD.make_dual(p.clone(), t.clone()) if f else p.clone()
-                    for p, t, f in zip(primals, tangents, flags)
+                    for p, t, f in zip(primals, tangents, flags, strict=True)
                 ]
 
             actual = fwAD.unpack_dual(op.function(*duals()))

@@ -60,7 +60,7 @@ def make(op, operand_shape=SHAPE[1:], trainable=True, dtype=torch.float32, devic
 def gradients(op, leaf, operands, grad):
     tensors = [t for t in (leaf, *operands) if t.requires_grad]
     result = op.out_of_place(leaf * 1, *operands)
-    return dict(zip(map(id, tensors), torch.autograd.grad(result, tensors, grad)))
+    return dict(zip(map(id, tensors), torch.autograd.grad(result, tensors, grad), strict=True))
 
 
 def check_grads(op, leaf, operands, grad, names=None):
@@ -268,7 +268,7 @@ def test_kept_graph_reads_its_saved_values_again(op, operand_shape):
     before = [g.clone() for g in first]
     second = torch.autograd.grad(total, tensors, retain_graph=True)
     third = torch.autograd.grad(total, tensors)
-    for values in zip(before, first, second, third):
+    for values in zip(before, first, second, third, strict=True):
         for value in values[1:]:
             assert_bit_equal(value, values[0])
 
@@ -289,11 +289,11 @@ def test_recorded_backward_takes_no_memory(op, operand_shape):
         grads = torch.autograd.grad(
             total, [*tensors, grad], allow_unused=True, materialize_grads=True
         )
-        for value, kept in zip(first, before):
+        for value, kept in zip(first, before, strict=True):
             assert_bit_equal(value.detach(), kept)
         return grads
 
-    for a, e in zip(second(op.function), second(op.out_of_place)):
+    for a, e in zip(second(op.function), second(op.out_of_place), strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -377,7 +377,7 @@ def test_reuse_in_every_dtype_gives_the_same_bits(op, dtype):
 
     leaf, operands = make(op, dtype=dtype)
     grad = random_tensor(SHAPE, dtype)
-    for reused, allocated in zip(run(False), run(True)):
+    for reused, allocated in zip(run(False), run(True), strict=True):
         assert_bit_equal(reused, allocated)
 
 

@@ -30,7 +30,7 @@ def test_the_same_bits_on_one_and_two_threads(op, layout, device):
         torch.set_num_threads(threads)
         results.append(gradients(op, layout, tensors, grad_output))
     for other in results[1:]:
-        for a, b in zip(results[0], other):
+        for a, b in zip(results[0], other, strict=True):
             assert_bit_equal(a, b)
 
 
@@ -41,7 +41,7 @@ def test_the_same_bits_over_a_hundred_runs(op, dtype, device, two_threads):
     tensors, grad_output = prepare(op, layout, dtype, device)
     first = gradients(op, layout, tensors, grad_output)
     for _ in range(100):
-        for a, b in zip(first, gradients(op, layout, tensors, grad_output)):
+        for a, b in zip(first, gradients(op, layout, tensors, grad_output), strict=True):
             assert_bit_equal(a, b)
 
 

@@ -18,9 +18,8 @@ def place(op, position, bad, good=1.5):
 
 def refused(op, input, *operands, watch=(), **parameter):
     """The exception of our op, after which nothing has changed."""
-    with Untouched(input, *operands, *watch):
-        with pytest.raises((RuntimeError, TypeError, ValueError, IndexError)) as caught:
-            op.function(input, *operands, **parameter)
+    with Untouched(input, *operands, *watch), pytest.raises((RuntimeError, TypeError, ValueError, IndexError)) as caught:
+        op.function(input, *operands, **parameter)
     assert not isinstance(caught.value, NotImplementedError), caught.value
     return caught.value
 

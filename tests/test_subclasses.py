@@ -1,6 +1,7 @@
 """Subclasses, modes, other devices' tensors: what torch's own in-place methods live with."""
 
 import functools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def tensors(op, shape=(4, 3), operand=(3,), dtype=torch.float64):
 class Logged(torch.Tensor):
     """A __torch_function__ subclass that says what it was asked."""
 
-    calls: list = []
+    calls: ClassVar[list] = []
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -102,7 +103,7 @@ def test_torch_function_subclass_gradients(op):
     expected = torch.autograd.grad(op.out_of_place(*values).sum(), values)
     input = (values[0] * 1).as_subclass(Logged)
     actual = torch.autograd.grad(op.function(input, *values[1:]).sum(), values)
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.as_subclass(torch.Tensor), e)
 
 
@@ -128,7 +129,7 @@ def test_torch_function_mode_gets_the_public_function(op):
 
 
 def test_torch_function_mode_with_keywords(op):
-    values = dict(zip(op.arguments, tensors(op)))
+    values = dict(zip(op.arguments, tensors(op), strict=True))
     expected = op.out_of_place(**values)
     with FunctionMode():
         result = op.function(**values)
@@ -149,14 +150,14 @@ def test_dispatch_mode_sees_one_op(op, requires_grad):
     if requires_grad:
         assert input.grad_fn.name() == op.node
         actual = torch.autograd.grad(input.sum(), values)
-        for a, e in zip(actual, torch.autograd.grad(expected.sum(), values)):
+        for a, e in zip(actual, torch.autograd.grad(expected.sum(), values), strict=True):
             torch.testing.assert_close(a, e)
 
 
 def test_dispatch_mode_sees_the_number_overloads(op):
     for kinds in op.kinds():
         values = tensors(op)
-        operands = [0.5 if k == "Scalar" else v for k, v in zip(kinds, values[1:])]
+        operands = [0.5 if k == "Scalar" else v for k, v in zip(kinds, values[1:], strict=True)]
         with DispatchMode() as mode:
             op.function(values[0], *operands)
         assert getattr(op.packet, op.overload(*operands)) in mode.calls
@@ -170,7 +171,7 @@ def test_dispatch_mode_sees_the_backward(op):
     with DispatchMode() as mode:
         actual = torch.autograd.grad(total, values)
     assert mode.calls
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -208,7 +209,7 @@ def test_wrapper_subclass_gradients(op):
     total.backward()
     plain = [TwoTensor(v.a.detach(), v.b.detach()).requires_grad_() for v in leaves]
     op.out_of_place(plain[0] * 1, *plain[1:]).sum().backward()
-    for ours, theirs in zip(leaves, plain):
+    for ours, theirs in zip(leaves, plain, strict=True):
         torch.testing.assert_close(ours.grad.a, theirs.grad.a)
         torch.testing.assert_close(ours.grad.b, theirs.grad.b)
 
@@ -279,7 +280,7 @@ def test_dtensor(op, mesh, sharded):
     torch.testing.assert_close(result.full_tensor(), expected)
     result.sum().backward()
     expected.sum().backward()
-    for ours, theirs in zip(leaves, plain):
+    for ours, theirs in zip(leaves, plain, strict=True):
         torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
 
 
@@ -309,6 +310,6 @@ def test_numpy_memory(op):
 def test_partial_and_bound_forms(op):
     values = tensors(op)
     expected = op.out_of_place(*values)
-    bound = functools.partial(op.function, **dict(zip(op.operands, values[1:])))
+    bound = functools.partial(op.function, **dict(zip(op.operands, values[1:], strict=True)))
     assert bound(values[0]) is values[0]
     torch.testing.assert_close(values[0], expected)

@@ -110,7 +110,7 @@ def test_vmap_over_every_argument_set(op):
             continue
         values = arguments(op)
         values = [
-            torch.stack([v, v.sin(), v * 2]) if b else v for v, b in zip(values, batched)
+            torch.stack([v, v.sin(), v * 2]) if b else v for v, b in zip(values, batched, strict=True)
         ]
         in_dims = tuple(0 if b else None for b in batched)
         expected = vmap(op.out_of_place, in_dims)(*values)

@@ -111,7 +111,7 @@ def test_above_the_parallel_grain(op, dtype, device, two_threads):
             check(op, *layout.tensors(len(op.operands), dtype, device))
 
 
-@pytest.mark.parametrize("dtype", COMPLEX + [torch.float32], **dtype_ids)
+@pytest.mark.parametrize("dtype", [*COMPLEX, torch.float32], **dtype_ids)
 @pytest.mark.parametrize("op", OPS, **op_ids)
 def test_lazy_conjugation_and_negation(op, dtype, device):
     for layout in LAZY:
@@ -231,7 +231,7 @@ SPECIAL = [0.0, -0.0, 1.0, -1.5, float("inf"), float("-inf"), float("nan")]
 
 def special_values(dtype):
     info = torch.finfo(dtype)
-    return SPECIAL + [info.max, -info.max, info.tiny, info.tiny * info.eps, -info.tiny * 0.5]
+    return [*SPECIAL, info.max, -info.max, info.tiny, info.tiny * info.eps, -info.tiny * 0.5]
 
 
 def equals_or_near(result, expected, bound):
@@ -315,7 +315,7 @@ def test_operands_are_only_read(op, device):
     operands = [arrange("sliced", (17,), torch.float32, device) for _ in op.operands]
     before = [whole_storage(o) for o in operands]
     op.function(input, *operands)
-    for operand, data in zip(operands, before):
+    for operand, data in zip(operands, before, strict=True):
         assert_bit_equal(whole_storage(operand), data)
         assert operand._version == 0
 

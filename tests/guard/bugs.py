@@ -121,7 +121,7 @@ def assignment_into_a_sigmoid():
 
 @bug("https://github.com/ultralytics/yolov5/issues/9910")
 def decoding_boxes_inside_a_sigmoid():
-    x, grid, anchor = leaf(2, 6, 5), torch.rand(6, 2), torch.rand(6, 2)
+    x, grid = leaf(2, 6, 5), torch.rand(6, 2)
 
     def wrong():
         y = x.sigmoid()  # SAVE

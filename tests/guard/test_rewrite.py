@@ -119,7 +119,8 @@ STATEMENTS = {
     "h.copy_(WIDER)": "h = h.clone().copy_(WIDER)",
     "safe_inplace.mul_add_(h, 2.0, 1.0)": "h = safe_inplace.mul_add_(h.clone(), 2.0, 1.0)",
     "holder.ops.addcmul_(h, WIDER, 2.0)": "h = holder.ops.addcmul_(h.clone(), WIDER, 2.0)",
-    "z = holder.ops.addcmul_(h, WIDER, value=2.0, tensor2=WIDER)": "z = holder.ops.addcmul_(h.clone(), WIDER, value=2.0, tensor2=WIDER)",
+    "z = holder.ops.addcmul_(h, WIDER, value=2.0, tensor2=WIDER)":
+        "z = holder.ops.addcmul_(h.clone(), WIDER, value=2.0, tensor2=WIDER)",
     "F.elu_(h)": "h = F.elu(h)",
     "z = torch.relu_(h)": "z = torch.relu(h)",
     "holder.torch.relu_(h)": "h = holder.torch.relu(h)",
@@ -175,7 +176,7 @@ def test_statements(statement):
 def test_an_assignment_to_a_part_goes_to_a_clone():
     with guard(), pytest.raises(HazardError) as caught:
         h = torch.rand(3, requires_grad=True) * 2
-        y = h * h  # noqa: F841
+        y = h * h
         h[1:] = 0
     assert caught.value.hazard.rewritten.clone == "h"
     assert "h = h.clone() before this line" in caught.value.remedies[0]
