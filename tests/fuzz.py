@@ -80,7 +80,7 @@ PRODUCERS = {"leaf", "unary", "binary", "view", "detach", "grad"}
 def broadcasts(shape, target):
     if len(shape) > len(target):
         return False
-    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=True))
+    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))
 
 
 def generate(seed) -> Program:
