@@ -165,7 +165,7 @@ def out_of_place(source: str, columns: tuple[int, int] | None, op: str, frame: F
     text = _Text(source)
     if isinstance(statement, ast.AugAssign):
         return _augmented(statement, text, frame)
-    if isinstance(statement, ast.Assign) and op in ("copy_", "fill_", "index_put_", "zero_", "_index_put_impl_"):
+    if isinstance(statement, ast.Assign) and op in ("copy_", "fill_", "index_put_", "masked_fill_", "zero_", "_index_put_impl_"):
         parts = [target for target in statement.targets if isinstance(target, ast.Subscript)]
         if parts:
             return Rewritten(clone=text.of(parts[0].value) if _is_name(parts[0].value) else None)
