@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.exc import InductorError
 
 from .checks import assert_bit_equal
 from .layouts import SMALL, random_tensor
@@ -242,6 +243,9 @@ def test_inductor(op):
     compare(op, all_forms, leaves_of(op), "inductor")
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.12", raises=InductorError, reason="the C++ that this Inductor writes for the block does not compile"
+)
 def test_inductor_one_block_of_all_ops():
     """A whole block, frozen and trainable vectors, fused by Inductor without a graph break."""
     table = {op.name: op for op in OPS}
@@ -345,7 +349,14 @@ def test_automatic_dynamic_numbers(op):
             close(compiled(x, number), f(x, number))
         return counter.frame_count
 
-    assert frames(op.function) <= frames(op.two_step)
+    try:
+        theirs = frames(op.two_step)
+    except torch._dynamo.exc.Unsupported:
+        # torch 2.11 does not trace add_ with a number that has become a symbol.
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            frames(op.function)
+    else:
+        assert frames(op.function) <= theirs
 
 
 @pytest.mark.parametrize("op", OPS, **op_ids)
@@ -387,12 +398,12 @@ class Module(torch.nn.Module):
         super().__init__()
         self.op = op
         self.linear = torch.nn.Linear(3, 3, dtype=torch.float64)
-        self.vectors = torch.nn.ParameterList(
-            random_tensor((3,), torch.float64) for _ in op.operands
-        )
+        # One by one: a strict export by torch 2.11 takes no list of parameters apart.
+        for name in op.operands:
+            setattr(self, name, torch.nn.Parameter(random_tensor((3,), torch.float64)))
 
     def forward(self, x):
-        return self.op.function(self.linear(x), *self.vectors)
+        return self.op.function(self.linear(x), *[getattr(self, name) for name in self.op.operands])
 
 
 @pytest.mark.parametrize("strict", [False, True])
