@@ -23,20 +23,25 @@ CHAIN = 32
 
 
 class Clock:
-    """A timer for `torch.utils.benchmark` that can be stopped while a statement prepares itself."""
+    """A timer for `torch.utils.benchmark` that can be stopped while a statement prepares itself; pauses nest."""
 
     def __init__(self) -> None:
         self.skipped = 0.0
         self.paused = 0.0
+        self.depth = 0
 
     def __call__(self) -> float:
         return perf_counter() - self.skipped
 
     def pause(self) -> None:
-        self.paused = perf_counter()
+        if self.depth == 0:
+            self.paused = perf_counter()
+        self.depth += 1
 
     def resume(self) -> None:
-        self.skipped += perf_counter() - self.paused
+        self.depth -= 1
+        if self.depth == 0:
+            self.skipped += perf_counter() - self.paused
 
 
 class CudaClock:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ from benchmarks.cases import (
     target_cases,
 )
 from benchmarks.implementations import COMPILED, COMPILED_IN_PLACE, IN_PLACE, OURS, OUT_OF_PLACE, implementations
-from benchmarks.measure import Workload
+from benchmarks.measure import Clock, Workload
 from benchmarks.runner import Effort, run_case, run_model
 from tests.op_table import BY_NAME, OPS
 
@@ -66,6 +67,25 @@ def test_every_implementation_computes_the_same(op, layout):
         outcomes.append(function(Workload(chosen, CPU).input, *Workload(chosen, CPU).operands))
     for outcome in outcomes[1:]:
         torch.testing.assert_close(outcome, outcomes[0])
+
+
+def test_a_pause_within_a_pause_is_skipped_once():
+    clock = Clock()
+    before = clock()
+    clock.pause()
+    clock.pause()
+    time.sleep(0.05)
+    clock.resume()
+    clock.resume()
+    time.sleep(0.02)
+    assert 0.02 <= clock() - before < 0.05
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if "backward" in m])
+def test_backward_is_timed(mode):
+    """A pass over 4 MiB takes longer than 10 us, whoever holds the gradient."""
+    for row in measured("mul_", "last_dim_vector", mode, size=4 * 1024 * KiB).values():
+        assert row.p20 > 1e-5
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -212,7 +232,7 @@ def test_triton_kernels_compute_the_ops():
     code = """
 import torch
 from benchmarks.cases import FORWARD, LAYOUTS, product
-from benchmarks.measure import Workload
+from benchmarks.measure import Clock, Workload
 from benchmarks.triton_kernels import elementwise
 from tests.op_table import OPS
 for case in product(OPS, LAYOUTS, [torch.float32], [16 << 10], [FORWARD]):

@@ -406,13 +406,14 @@ void forward_range(const ForwardPlan& plan, int64_t begin, int64_t end) {
 }
 
 // Memory fresh from the system costs a page fault at the first touch of every page: for pages of 4 KiB several times
-// what the kernel itself takes. NumPy asks for large pages from the same size on.
+// what the kernel itself takes. Up to 32 MiB malloc may serve a block from its heap, whose pages are often there already,
+// and which it trims: large pages made 16 MiB three times slower there. Beyond, it maps each block anew.
 void prefer_large_pages(const Arg& fresh, int64_t elements) {
 #if defined(MADV_HUGEPAGE)
-  constexpr int64_t kWorthwhile = 4 << 20;
+  constexpr int64_t kAlwaysMapped = 32 << 20;
   constexpr uintptr_t kPage = 4096;
   const int64_t bytes = elements * dtype_size[int(fresh.dtype)];
-  if (bytes >= kWorthwhile) {
+  if (bytes > kAlwaysMapped) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(fresh.data) + kPage - 1) & ~(kPage - 1);
     const uintptr_t end = (reinterpret_cast<uintptr_t>(fresh.data) + bytes) & ~(kPage - 1);
     // A system that refuses gives small pages, as without the advice.
