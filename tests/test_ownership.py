@@ -131,6 +131,7 @@ REASONS = [
     "retain_grad",
     "callers_gradient",
     "two_consumers",
+    "leaf_took_a_view",
     "gradient_is_a_view",
     "gradient_has_a_view",
     "expanded_gradient",
@@ -184,6 +185,11 @@ def test_memory_that_somebody_else_sees_is_never_written(op, reason, trainable):
         other = torch.zeros(SHAPE, requires_grad=True)
         (Copying.apply(other) + input).backward(keep(grad.clone()))
         held.append((other.grad, grad))
+    elif reason == "leaf_took_a_view":
+        # Python has not seen this gradient, and its tensor has one holder: only the storage's count tells
+        other = torch.zeros(SHAPE).flatten().requires_grad_()
+        weighted(other.view(SHAPE) + input, grad).backward()
+        held.append((other.grad.view(SHAPE), grad))
     elif reason == "gradient_is_a_view":
         base = torch.cat([grad, grad])
         keep(base)
