@@ -256,15 +256,12 @@ py::dict build_info() {
   return info;
 }
 
+template <class List>
+struct Doors;
 template <class... Ops>
-PyCFunction door_of(const std::string& name, OpList<Ops...>) {
-  PyCFunction found = nullptr;
-  ((name == Ops::name
-        ? void(found = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door<op_index<Ops>>)))
-        : void()),
-   ...);
-  return found;
-}
+struct Doors<OpList<Ops...>> {
+  static constexpr decltype(&door<0>) rows[] = {door<op_index<Ops>>...};
+};
 
 // An op as a built-in function of the Python module that documents it.
 py::object make_door(const std::string& name, const std::string& documentation, const py::str& module) {
@@ -272,11 +269,12 @@ py::object make_door(const std::string& name, const std::string& documentation, 
     std::string name, documentation;
     PyMethodDef definition;
   };
-  const PyCFunction function = door_of(name, AllOps{});
-  if (function == nullptr) {
+  const auto* info = std::find_if(std::begin(infos), std::end(infos), [&](const OpInfo& op) { return name == op.name; });
+  if (info == std::end(infos)) {
     throw py::key_error(name);
   }
-  const auto* info = std::find_if(std::begin(infos), std::end(infos), [&](const OpInfo& op) { return name == op.name; });
+  const auto door = Doors<AllOps>::rows[info - std::begin(infos)];
+  const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door));
   // inspect.signature reads the first line. The interpreter keeps the definition as long as it runs.
   auto* made = new Door{name, Signature{*info}.text() + "\n--\n\n" + documentation, {}};
   made->definition = {made->name.c_str(), function, METH_FASTCALL | METH_KEYWORDS, made->documentation.c_str()};
