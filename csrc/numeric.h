@@ -134,10 +134,11 @@ struct Narrow {
   }
 };
 
-// The bits of float32, rounded to nearest even; not for NaN, which may become an infinity. For one number or a vector.
+// The bits of float32, rounded to nearest even in their upper half; not for NaN, which may become an infinity. For one
+// number or a vector.
 template <class Bits>
 SI_INLINE Bits round_to_bfloat16(Bits bits) {
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
 template <>
@@ -146,7 +147,7 @@ struct Narrow<BFloat16> {
 #if defined(__CUDA_ARCH__)
     return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 #else
-    return {uint16_t(x != x ? 0x7fc0u : round_to_bfloat16(bits_of(x)))};
+    return {uint16_t(x != x ? 0x7fc0u : round_to_bfloat16(bits_of(x)) >> 16)};
 #endif
   }
 };

@@ -2,6 +2,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=256")
 #define SI_FMA
 #define SI_F16C
+#define SI_AVX512
 #include "rows.h"
 
 namespace safe_inplace {

@@ -154,8 +154,14 @@ SI_INLINE void write(BFloat16* to, const Chunk<float>& from) {
   }
   const Words first = round_to_bfloat16(Words(from.registers[0]));
   const Words second = round_to_bfloat16(Words(from.registers[1]));
-  const __m256i pairs = _mm256_packus_epi32(__m256i(first), __m256i(second));
+#if defined(SI_AVX512)
+  // The upper half of every word.
+  const __m256i upper = _mm256_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m256i packed = _mm256_permutex2var_epi16(__m256i(first), upper, __m256i(second));
+#else
+  const __m256i pairs = _mm256_packus_epi32(__m256i(first >> 16), __m256i(second >> 16));
   const __m256i packed = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
+#endif
   memcpy(to, &packed, sizeof packed);
 }
 
