@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -58,6 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     narrowing.add_argument("--dtypes", nargs="+", help="as float32 bfloat16")
     narrowing.add_argument("--sizes", nargs="+", type=size, help="bytes of the input, as 64 256KiB 128MiB")
     narrowing.add_argument("--modes", nargs="+", choices=list(MODES), metavar="MODE", help="; ".join(MODES))
+    narrowing.add_argument("--sample", type=int, metavar="N", help="of these, N drawn at random, the same each time")
     runner = commands.add_parser("run", parents=[measuring], help="measure and write the results")
     runner.add_argument("--full", action="store_true", help="every op, layout, dtype, size and mode: hours")
     runner.add_argument("--no-models", action="store_true", help="leave the model blocks out")
@@ -75,7 +77,7 @@ def narrow(cases: list[Case], options: argparse.Namespace) -> list[Case]:
     def within(value, chosen) -> bool:
         return not chosen or value in chosen
 
-    return [
+    chosen = [
         case
         for case in cases
         if within(case.op.name, options.ops)
@@ -84,10 +86,14 @@ def narrow(cases: list[Case], options: argparse.Namespace) -> list[Case]:
         and within(case.size, options.sizes)
         and within(case.mode.name, options.modes)
     ]
+    if options.sample and options.sample < len(chosen):
+        return random.Random(0).sample(chosen, options.sample)
+    return chosen
 
 
 def is_narrowed(options: argparse.Namespace) -> bool:
-    return any((options.ops, options.layouts, options.dtypes, options.sizes, options.modes, options.no_compile))
+    chosen = options.ops, options.layouts, options.dtypes, options.sizes, options.modes, options.sample
+    return any((*chosen, options.no_compile))
 
 
 def measure(cases: list[Case], stacks: list, options: argparse.Namespace, console: Console) -> list[Row]:
@@ -105,12 +111,20 @@ def measure(cases: list[Case], stacks: list, options: argparse.Namespace, consol
         total = len(cases) + len(stacks)
         task = progress.add_task("warming up", total=total)
         began = perf_counter()
-        for done, found in enumerate(run(cases, stacks, device, effort, full=getattr(options, "full", False)), 1):
-            rows += found
-            progress.update(task, advance=1, description=f"{found[0].op:12s} {found[0].layout}")
-            if options.within and perf_counter() - began > options.within and done < total:
-                console.print(f"[bold red]{total - done} of {total} were not measured: the time is up[/]")
-                break
+        done, why = 0, ""
+        try:
+            for found in run(cases, stacks, device, effort, full=getattr(options, "full", False)):
+                rows += found
+                done += 1
+                progress.update(task, advance=1, description=f"{found[0].op:12s} {found[0].layout}")
+                if options.within and perf_counter() - began > options.within:
+                    why = "the time is up"
+                    break
+        except KeyboardInterrupt:
+            # What hours have measured is worth keeping.
+            why = "interrupted"
+        if done < total:
+            console.print(f"[bold red]{total - done} of {total} were not measured: {why}[/]")
     return rows
 
 
@@ -136,18 +150,21 @@ def main(arguments: list[str]) -> int:
                 measure(narrow(target_cases(device), options), [], options, console),
             )
         console.print(about)
-        console.print(report.targets_table(rows, device.type == "cpu", every=options.all))
+        console.print(report.targets_table(rows, about, every=options.all))
         return 0
     cases = narrow((full_cases if options.full else default_cases)(device), options)
     stacks = [] if options.no_models or is_narrowed(options) else models.for_device(device)
     # What was measured is what was there at the start.
     about = results.provenance(device)
     rows = measure(cases, stacks, options, console)
+    if not rows:
+        console.print("nothing was measured")
+        return 1
     done, wanted = len({row.case for row in rows}), len(cases) + len(stacks)
     if done < wanted:
         about["measured"] = f"{done} of {wanted} cases"
     console.print(report.rows_table(rows))
-    console.print(report.targets_table(rows, device.type == "cpu"))
+    console.print(report.targets_table(rows, about))
     whole = not is_narrowed(options) and not options.no_models
     path = options.output or (results.RESULTS / results.file_name(about) if whole else None)
     if path:

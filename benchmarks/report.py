@@ -84,8 +84,8 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.2f}"
 
 
-def target_rows(rows: list[Row], on_cpu: bool, every: bool = False) -> list[list[str]]:
-    verdicts = targets.judge(rows, on_cpu)
+def target_rows(rows: list[Row], about: dict[str, str], every: bool = False) -> list[list[str]]:
+    verdicts = targets.judge(rows, about)
     if every:
         return [
             [v.promise, f"{'≤' if v.at_most else '≥'} {number(v.target)}", number(v.measured), v.what, yes_no(v.met)]
@@ -107,12 +107,12 @@ def yes_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def targets_table(rows: list[Row], on_cpu: bool, every: bool = False) -> RichTable:
+def targets_table(rows: list[Row], about: dict[str, str], every: bool = False) -> RichTable:
     table = RichTable(title="Targets", title_justify="left")
     names = ("promise", "target", "measured", "of", "met") if every else ("promise", "target", "median", "worst", "met")
     for name in names:
         table.add_column(name)
-    for cells in target_rows(rows, on_cpu, every):
+    for cells in target_rows(rows, about, every):
         table.add_row(*cells)
     return table
 
@@ -234,8 +234,7 @@ def details(folder: Path = RESULTS) -> str:
     parts = ["# Results", "Written by `python -m benchmarks report` from the result files here."]
     for path in result_files(folder):
         about, rows = read(path)
-        on_cpu = about["kind"] == "cpu"
-        body = target_rows(rows, on_cpu)
+        body = target_rows(rows, about)
         parts += [
             f"## {about['device']}, torch {about['torch']}",
             f"[{path.name}]({path.name}). {about_text(about)}",

@@ -19,6 +19,8 @@ import torch
 
 import safe_inplace
 
+from .cases import past_cache
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -86,6 +88,8 @@ def provenance(device: torch.device) -> dict[str, str]:
         "commit": commit(),
         "extension": hashlib.sha256(extension.read_bytes()).hexdigest()[:12],
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        # Bytes from which on an input counts as past the last cache of the device.
+        "past_cache": str(past_cache(device)),
         # Of the last minute, before this run added to it: what else the machine was doing.
         "load": f"{os.getloadavg()[0]:.1f}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -13,7 +13,7 @@ import torch._dynamo.utils
 from torch.utils.benchmark import Timer
 
 from . import models as model_stacks
-from .cases import PAST_CACHE, Case
+from .cases import Case, past_cache
 from .implementations import COMPILED, OURS, OUT_OF_PLACE, compiler_works, implementations
 from .measure import (
     Clock,
@@ -42,8 +42,9 @@ class Reference:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.target, self.source = (torch.ones(PAST_CACHE // 4, device=device) for _ in range(2))
-        self.bytes = (3 if device.type == "cpu" else 2) * PAST_CACHE
+        size = past_cache(device)
+        self.target, self.source = (torch.ones(size // 4, device=device) for _ in range(2))
+        self.bytes = (3 if device.type == "cpu" else 2) * size
 
     def __call__(self) -> None:
         if self.device.type == "cpu":
@@ -105,7 +106,7 @@ def run_case(case: Case, device: torch.device, effort: Effort, reference: Refere
                 )
             del state
             samplers[name] = sampler(workload, function, device)
-        if case.size >= PAST_CACHE or device.type == "cuda":
+        if case.size >= past_cache(device) or device.type == "cuda":
             samplers[COPY] = reference.samples
         graphs = compiled_graphs()
         samples = in_turns(samplers, effort)

@@ -10,7 +10,7 @@ import torch
 
 from tests.op_table import BY_NAME, OPS
 
-from .cases import CALL, LAYOUTS, MODES, PAST_CACHE, RECORDED, TRAINING, TRAINING_STEP, Case
+from .cases import CALL, LAYOUTS, MODES, RECORDED, TRAINING, TRAINING_STEP, Case
 from .implementations import COMPILED, IN_PLACE, OURS, OUT_OF_PLACE
 from .results import Row, Table
 
@@ -30,11 +30,12 @@ class Verdict:
         return self.measured <= self.target if self.at_most else self.measured >= self.target
 
 
-def judge(rows: list[Row], on_cpu: bool) -> list[Verdict]:
-    table = Table(rows)
+def judge(rows: list[Row], about: dict[str, str]) -> list[Verdict]:
+    """All that the rows say, by what their file says of the machine that they were measured on."""
+    table, on_cpu, past_cache = Table(rows), about["kind"] == "cpu", int(about["past_cache"])
     return [
         *calls(table),
-        *(cpu_forward(table) if on_cpu else cuda_bandwidth(table)),
+        *(cpu_forward(table, past_cache) if on_cpu else cuda_bandwidth(table, past_cache)),
         *(training(table) if on_cpu else ()),
         *peak_of_backward(rows),
         *saved(rows),
@@ -53,13 +54,13 @@ def calls(table: Table) -> Iterator[Verdict]:
             yield Verdict(promise, f"{op.name} of {operands}", 0.6 if fused else 1.0, ratio, at_most=True)
 
 
-def forward_rows(table: Table, dtype: str) -> list[Row]:
+def forward_rows(table: Table, dtype: str, past_cache: int) -> list[Row]:
     rows = [r for r in table.rows if r.implementation == OURS and r.mode == "forward" and r.dtype == dtype and r.share]
-    return [r for r in rows if r.size == max(r.size for r in rows) and r.size >= PAST_CACHE]
+    return [r for r in rows if r.size == max(r.size for r in rows) and r.size >= past_cache]
 
 
-def cpu_forward(table: Table) -> Iterator[Verdict]:
-    plain = forward_rows(table, "float32")
+def cpu_forward(table: Table, past_cache: int) -> Iterator[Verdict]:
+    plain = forward_rows(table, "float32", past_cache)
     for row in plain:
         full = row.layout == "full"
         operands = "full operands" if full else "broadcast operands or numbers"
@@ -67,7 +68,7 @@ def cpu_forward(table: Table) -> Iterator[Verdict]:
         yield Verdict(promise, f"{row.op} {row.layout}", 0.95 if full else 0.95 * 0.9, row.share)
     shares = {(r.op, r.layout): r.share for r in plain}
     for dtype in ("float16", "bfloat16"):
-        for row in forward_rows(table, dtype):
+        for row in forward_rows(table, dtype, past_cache):
             if (row.op, row.layout) in shares:
                 ratio = row.share / shares[row.op, row.layout]
                 promise = f"forward, {dtype}: bytes per second over float32's"
@@ -87,9 +88,9 @@ def training(table: Table) -> Iterator[Verdict]:
                 yield Verdict(promise, f"{who}, gradient held by the {mode.holder}", target, ratio)
 
 
-def cuda_bandwidth(table: Table) -> Iterator[Verdict]:
+def cuda_bandwidth(table: Table, past_cache: int) -> Iterator[Verdict]:
     for row in table.rows:
-        if row.implementation != OURS or not row.share or row.size < PAST_CACHE:
+        if row.implementation != OURS or not row.share or row.size < past_cache:
             continue
         what = f"{row.op} {row.layout} {row.dtype} {row.size >> 20} MiB, {row.mode}"
         yield Verdict("bytes per second over a device copy's", what, 0.95, row.share)

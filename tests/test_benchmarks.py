@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
-from benchmarks import models, report, results, targets
+from benchmarks import cases, models, report, results, targets
 from benchmarks.cases import (
     CALL,
     FORWARD,
@@ -26,8 +26,10 @@ from benchmarks.cases import (
     RECORDED,
     Case,
     KiB,
+    MiB,
     default_cases,
     full_cases,
+    past_cache,
     product,
     target_cases,
 )
@@ -120,13 +122,21 @@ def test_bytes_come_from_the_op_table():
 
 @pytest.mark.parametrize("select", [target_cases, default_cases, full_cases])
 def test_selections_cover_the_table(select):
-    cases = select(CPU)
-    assert {c.op.name for c in cases} == set(BY_NAME)
-    assert {c.layout.name for c in cases} == set(LAYOUTS)
-    assert len({c.key for c in cases}) == len(cases)
-    for chosen in cases:
+    selected = select(CPU)
+    assert {c.op.name for c in selected} == set(BY_NAME)
+    assert {c.layout.name for c in selected} == set(LAYOUTS)
+    assert len({c.key for c in selected}) == len(selected)
+    for chosen in selected:
         assert math.prod(chosen.shape) * chosen.dtype.itemsize == chosen.size
         assert all(math.prod(s) > 0 for s in chosen.operand_shapes() if s is not None)
+
+
+@pytest.mark.parametrize("cache, size", [(0, 64), (32, 64), (42, 64), (43, 128), (300, 512)])
+def test_what_is_past_the_cache_follows_the_machine(monkeypatch, cache, size):
+    monkeypatch.setattr(cases, "last_cache", lambda: cache * MiB)
+    # Without its memory of this machine's.
+    assert past_cache.__wrapped__(CPU) == size * MiB
+    assert past_cache.__wrapped__(torch.device("cuda")) == 64 * MiB
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler")
@@ -200,10 +210,17 @@ def test_targets_can_be_missed():
     calls = [r for r in rows if r.mode == RECORDED.name and r.layout == "full"]
     table = results.Table(calls)
     same = [replace(r, p50=table.get(IN_PLACE, *r.case).p50) if r.implementation == OURS else r for r in calls]
-    verdicts = [v for v in targets.judge(same, on_cpu=True) if "one call" in v.promise]
+    verdicts = [v for v in targets.judge(same, results.provenance(CPU)) if "one call" in v.promise]
     assert {v.measured for v in verdicts} == {1.0}
     assert {v.met for v in verdicts if v.target < 1} == {False}
     assert {v.met for v in verdicts if v.target == 1} == {True}
+
+
+def test_what_stays_in_the_cache_is_not_judged_as_past_it():
+    rows, about = rows_of_a_tiny_run(), results.provenance(CPU)
+    for past, forward in ((SIZE, True), (SIZE + 1, False)):
+        verdicts = targets.judge(rows, about | {"past_cache": str(past)})
+        assert any("past the last cache" in v.promise for v in verdicts) == forward
 
 
 def test_narrowed_run_from_the_command_line(tmp_path, capsys):
@@ -224,6 +241,33 @@ def test_a_run_stops_when_its_time_is_up(tmp_path, capsys):
     assert {row.op for row in rows} == {"add_"}
     assert "1 of 2 cases" in report.about_text(about)
     assert "1 of 2 were not measured" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "rows.csv"
+
+    def interrupted(*arguments, **keywords):
+        yield next(whole(*arguments, **keywords))
+        raise KeyboardInterrupt
+
+    whole = command.run
+    monkeypatch.setattr(command, "run", interrupted)
+    options = ["--layouts", "full", "--sizes", "4KiB", "--sample", "3", "--rounds", "1", "--seconds", "1e-6"]
+    assert command.main(["--device", "cpu", *options, "--no-compile", "--output", str(out)]) == 0
+    about, rows = results.read(out)
+    assert len({row.case for row in rows}) == 1
+    assert "1 of 3 cases" in report.about_text(about)
+    assert "2 of 3 were not measured: interrupted" in capsys.readouterr().out
+
+
+def test_a_sample_is_drawn_from_all_and_is_the_same_each_time():
+    options = command.parse(["--full", "--dtypes", "bfloat16", "--sample", "200"])
+    drawn = command.narrow(full_cases(CPU), options)
+    assert len({c.key for c in drawn}) == 200
+    assert {c.dtype for c in drawn} == {torch.bfloat16}
+    assert {c.op.name for c in drawn} == set(BY_NAME)
+    assert drawn == command.narrow(full_cases(CPU), options)
+    assert command.is_narrowed(options)
 
 
 def test_triton_kernels_compute_the_ops():
