@@ -212,6 +212,13 @@ SI_INLINE void store(T* to, const V& value) {
   }
 }
 
+// How far ahead of the loops elements of two bytes are asked for. Converting them takes so many instructions that the
+// processor sees fewer cache lines ahead than with float32: past the last cache, asking brought 1.12 to 1.2 of the bytes per
+// second, any distance of 1 to 4 KiB about the same (Zen 3). Asking never faults, wherever it points.
+constexpr int64_t kAhead = 2048;
+
+SI_INLINE void fetch_ahead(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + kAhead); }
+
 template <class T, int kind>
 struct Operand {
   using M = Math<T>;
@@ -222,6 +229,11 @@ struct Operand {
   template <class V>
   SI_INLINE V at(int64_t i) const {
     return load<V>(data + i);
+  }
+  SI_INLINE void ahead(int64_t i) const {
+    if constexpr (kind == kOwn) {
+      fetch_ahead(data + i); // in kMath it may be a vector, which is in the first cache
+    }
   }
 };
 
@@ -236,18 +248,28 @@ struct Operand<T, kOne> {
   SI_INLINE V at(int64_t) const {
     return same_everywhere<V>(value);
   }
+  SI_INLINE void ahead(int64_t) const {}
 };
 
 template <class T>
 struct Operand<T, kNoFactor> {
   using S = Math<T>;
   SI_INLINE explicit Operand(const void*) {}
+  SI_INLINE void ahead(int64_t) const {}
 };
 
-// Calls step with the index of each chunk and of each element that is left, and with which of the two it is.
-template <class T, class Step>
-SI_INLINE void along_row(int64_t n, const Step& step) {
+// Calls step with the index of each chunk and of each element that is left, and with which of the two it is; and ahead
+// with the index of each cache line, where it pays.
+template <class T, class Ahead, class Step>
+SI_INLINE void along_row(int64_t n, const Ahead& ahead, const Step& step) {
   int64_t done = 0;
+  if constexpr (in_chunks<T> && sizeof(T) == 2) {
+    for (; done + 2 * kLanes <= n; done += 2 * kLanes) {
+      ahead(done);
+      step(Chunk<Math<T>>{}, done);
+      step(Chunk<Math<T>>{}, done + kLanes);
+    }
+  }
   if constexpr (in_chunks<T>) {
     for (; done + kLanes <= n; done += kLanes) {
       step(Chunk<Math<T>>{}, done);
@@ -270,7 +292,12 @@ SI_INLINE void forward_loops(const ForwardBlock& block) {
     T* const kept = keep ? static_cast<T*>(block.kept) + row * block.kept_stride : nullptr;
     const First first(static_cast<const typename First::S*>(block.operands[0]) + row * block.operand_strides[0]);
     const Second second(static_cast<const typename Second::S*>(block.operands[1]) + row * block.operand_strides[1]);
-    along_row<T>(block.n, [&](auto kind, int64_t i) __attribute__((always_inline)) {
+    const auto ahead = [&](int64_t i) __attribute__((always_inline)) {
+      fetch_ahead(input + i);
+      first.ahead(i);
+      second.ahead(i);
+    };
+    along_row<T>(block.n, ahead, [&](auto kind, int64_t i) __attribute__((always_inline)) {
       using V = decltype(kind);
       const V x = load<V>(input + i);
       const V a = first.template at<V>(i);
@@ -317,6 +344,10 @@ struct Terms {
       return value * conjugate(factor.template at<V>(i)) * same_everywhere<V>(multiplier);
     }
   }
+  SI_INLINE void ahead(int64_t i) const {
+    fetch_ahead(grad + i);
+    factor.ahead(i);
+  }
 };
 
 template <class T, int factor_kind, class Out>
@@ -324,7 +355,8 @@ void store_rows(const BackwardBlock& block) {
   for (int64_t row = 0; row < block.rows; ++row) {
     Out* const target = static_cast<Out*>(block.target) + row * block.target_stride;
     const Terms<T, factor_kind> terms(block, row);
-    along_row<T>(block.n, [&](auto kind, int64_t i) __attribute__((always_inline)) {
+    const auto ahead = [&](int64_t i) __attribute__((always_inline)) { terms.ahead(i); };
+    along_row<T>(block.n, ahead, [&](auto kind, int64_t i) __attribute__((always_inline)) {
       store(target + i, terms.template at<decltype(kind)>(i));
     });
   }
@@ -339,7 +371,13 @@ void add_columns(const BackwardBlock& block) {
     M* const target = static_cast<M*>(block.target);
     for (; row + 4 <= block.rows; row += 4) {
       const Terms<T, factor_kind> first(block, row), second(block, row + 1), third(block, row + 2), fourth(block, row + 3);
-      along_row<T>(block.n, [&](auto kind, int64_t i) __attribute__((always_inline)) {
+      const auto ahead = [&](int64_t i) __attribute__((always_inline)) {
+        first.ahead(i);
+        second.ahead(i);
+        third.ahead(i);
+        fourth.ahead(i);
+      };
+      along_row<T>(block.n, ahead, [&](auto kind, int64_t i) __attribute__((always_inline)) {
         using V = decltype(kind);
         const V sum = (first.template at<V>(i) + second.template at<V>(i)) +
             (third.template at<V>(i) + fourth.template at<V>(i));
@@ -350,7 +388,8 @@ void add_columns(const BackwardBlock& block) {
   for (; row < block.rows; ++row) {
     M* const target = static_cast<M*>(block.target) + row * block.target_stride;
     const Terms<T, factor_kind> terms(block, row);
-    along_row<T>(block.n, [&](auto kind, int64_t i) __attribute__((always_inline)) {
+    const auto ahead = [&](int64_t i) __attribute__((always_inline)) { terms.ahead(i); };
+    along_row<T>(block.n, ahead, [&](auto kind, int64_t i) __attribute__((always_inline)) {
       using V = decltype(kind);
       store(target + i, load<V>(target + i) + terms.template at<V>(i));
     });
