@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -30,11 +31,16 @@ from .results import Row
 
 @dataclass(frozen=True)
 class Effort:
-    """Rounds through the implementations, and the least seconds of each implementation's turn."""
+    """Rounds through the implementations, and the least seconds of each implementation's turn.
 
-    rounds: int = 3
-    seconds: float = 0.03
+    Many short turns: a neighbour on the memory bus stays for longer than one, and has to meet all implementations alike.
+    """
+
+    rounds: int = 15
+    seconds: float = 0.01
     compile: bool = True
+    # Seconds after which a case that has had three rounds is left, however many were wanted: of one past a large cache.
+    limit: float = 8
 
 
 class Reference:
@@ -65,7 +71,10 @@ Sampler = Callable[[float], list[float]]
 
 def in_turns(samplers: dict[str, Sampler], effort: Effort) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in samplers}
+    began = perf_counter()
     for turn in range(effort.rounds):
+        if turn >= 3 and perf_counter() - began > effort.limit:
+            break
         names = list(samplers)
         # Who comes after whom changes from round to round: each leaves the caches as it likes.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:

@@ -35,7 +35,7 @@ from benchmarks.cases import (
 )
 from benchmarks.implementations import COMPILED, COMPILED_IN_PLACE, IN_PLACE, OURS, OUT_OF_PLACE, implementations
 from benchmarks.measure import Clock, Workload
-from benchmarks.runner import Effort, run_case, run_model
+from benchmarks.runner import Effort, in_turns, run_case, run_model
 from tests.op_table import BY_NAME, OPS
 
 CPU = torch.device("cpu")
@@ -81,6 +81,15 @@ def test_a_pause_within_a_pause_is_skipped_once():
     clock.resume()
     time.sleep(0.02)
     assert 0.02 <= clock() - before < 0.05
+
+
+def test_turns_go_round_and_end_when_a_case_takes_too_long():
+    took: list[str] = []
+    samplers = {name: lambda seconds, name=name: took.append(name) or [seconds] for name in "abc"}
+    samples = in_turns(samplers, Effort(rounds=4, seconds=0.5))
+    assert samples == dict.fromkeys("abc", [0.5] * 4)
+    assert "".join(took) == "abcbcacababc"
+    assert len(in_turns(samplers, Effort(rounds=4, limit=0))["a"]) == 3
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if "backward" in m])
