@@ -40,7 +40,7 @@ class Effort:
     seconds: float = 0.01
     compile: bool = True
     # Seconds after which a case that has had three rounds is left, however many were wanted: of one past a large cache.
-    limit: float = 8
+    limit: float = 3
 
 
 class Reference:
