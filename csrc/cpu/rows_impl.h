@@ -213,7 +213,7 @@ SI_INLINE void store(T* to, const V& value) {
 }
 
 // How far ahead of the loops elements of two bytes are asked for. Converting them takes so many instructions that the
-// processor sees fewer cache lines ahead than with float32: past the last cache, asking brought 1.12 to 1.2 of the bytes per
+// processor sees fewer cache lines ahead than with float32: past the last cache, asking brought 1.1 to 1.2 of the bytes per
 // second, any distance of 0.5 to 4 KiB about the same (Zen 3). Asking never faults, wherever it points.
 constexpr int64_t kAhead = 1024;
 
