@@ -632,6 +632,9 @@ class Functional(Run):
         memory, old = self.families[family]
         new = old.clone()
         view = self.through(new, [("select", c[1]) if c[0] == "unbind" else c for c in chain])
+        if chain and not view.numel() and value.requires_grad:
+            # A leaf that took part in it has a gradient of None in torch's second derivatives, in place, and one of 0 here.
+            raise Unsupported("a write through an empty view")
         view.copy_(value)
         for index, (other, current) in enumerate(self.families):
             if other != memory:

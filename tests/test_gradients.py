@@ -269,6 +269,23 @@ def test_third_derivative(op):
 
 
 @pytest.mark.parametrize("op", OPS, **op_ids)
+def test_second_derivative_through_an_empty_view_follows_torch(op):
+    """A write to nothing leaves some leaves without a gradient, torch's as ours; out of place it would be zero."""
+
+    def grads(function):
+        base = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+        operands = [torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in op.operands]
+        view = function(base.clone().narrow(0, 2, 0), *operands)
+        first = torch.autograd.grad(view.sin().sum(), operands, create_graph=True)
+        sum((g.tanh().sum() for g in first), base.sum()).backward()
+        return [t.grad for t in (base, *operands)]
+
+    ours, theirs = grads(op.function), grads(op.two_step)
+    assert [g is None for g in ours] == [g is None for g in theirs]
+    torch.testing.assert_close([g for g in ours if g is not None], [g for g in theirs if g is not None])
+
+
+@pytest.mark.parametrize("op", OPS, **op_ids)
 def test_forward_mode_with_tangents_on_some(op):
     """Primal, tangent and what is absent, for every subset of dual arguments."""
     import torch.autograd.forward_ad as fwAD
