@@ -534,12 +534,9 @@ class Torch(Run):
     extra_nodes = False  # hooks set before them see what ours has no node for
 
     def write(self, op, target, operands, parameters):
-        memory = target.untyped_storage().data_ptr()
-        shared = [
-            o
-            for o in operands
-            if isinstance(o, torch.Tensor) and o.untyped_storage().data_ptr() == memory
-        ]
+        # Not their addresses: empty ones have none.
+        memory = target.untyped_storage()._cdata
+        shared = [o for o in operands if isinstance(o, torch.Tensor) and o.untyped_storage()._cdata == memory]
         native = op.torch_method and all(same_elements(target, o) for o in shared)
         if native or not shared:
             op.two_step(target, *operands, **parameters)
