@@ -61,7 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     narrowing.add_argument("--modes", nargs="+", choices=list(MODES), metavar="MODE", help="; ".join(MODES))
     narrowing.add_argument("--sample", type=int, metavar="N", help="of these, N drawn at random, the same each time")
     runner = commands.add_parser("run", parents=[measuring], help="measure and write the results")
-    runner.add_argument("--full", action="store_true", help="every op, layout, dtype, size and mode, if not each with each: hours")
+    runner.add_argument("--full", action="store_true", help="every op, layout, dtype, size and mode, not each with each: hours")
     runner.add_argument("--no-models", action="store_true", help="leave the model blocks out")
     aims = commands.add_parser("targets", parents=[measuring], help="measured beside the targets")
     aims.add_argument("--from", dest="source", type=Path, help="judge this result file instead of measuring")
