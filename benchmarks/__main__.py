@@ -163,12 +163,13 @@ def main(arguments: list[str]) -> int:
     done, wanted = len({row.case for row in rows}), len(cases) + len(stacks)
     if done < wanted:
         about["measured"] = f"{done} of {wanted} cases"
-    console.print(report.rows_table(rows))
-    console.print(report.targets_table(rows, about))
     whole = not is_narrowed(options) and not options.no_models
     path = options.output or (results.RESULTS / results.file_name(about) if whole else None)
     if path:
         results.write(path, about, rows)
+    console.print(report.rows_table(rows))
+    console.print(report.targets_table(rows, about))
+    if path:
         console.print(f"written: {path}")
         if path.parent.resolve() == results.RESULTS:
             for made in report.write():

@@ -10,7 +10,7 @@ import torch
 
 from tests.op_table import BY_NAME, OPS
 
-from .cases import CALL, LAYOUTS, MODES, RECORDED, TRAINING, TRAINING_STEP, Case
+from .cases import CALL, LAYOUTS, MODES, RECORDED, TRAINING, TRAINING_STEP, Case, same
 from .implementations import COMPILED, IN_PLACE, OURS, OUT_OF_PLACE
 from .results import Row, Table
 
@@ -103,9 +103,8 @@ def peak_of_backward(rows: list[Row]) -> Iterator[Verdict]:
     for row in rows:
         if row.implementation != OURS or not row.mode.startswith("backward") or "engine" not in row.mode:
             continue
-        full_operands = sum(of is not None and of((2, 2)) == (2, 2) for of in LAYOUTS[row.layout].operands)
         # The gradient of a full-size operand is a result that may have no dead tensor to take over.
-        results = full_operands and "trainable" in row.mode
+        results = same in LAYOUTS[row.layout].operands and "trainable" in row.mode
         if not results:
             promise = "full-size tensors allocated by backward when the gradient may be reused"
             yield Verdict(promise, f"{row.op} {row.layout}, {row.mode}", 0, row.peak // row.size, at_most=True)

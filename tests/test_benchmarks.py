@@ -232,6 +232,17 @@ def test_what_stays_in_the_cache_is_not_judged_as_past_it():
         assert any("past the last cache" in v.promise for v in verdicts) == forward
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_memory_of_backward_is_judged_in_every_layout(layout):
+    frozen, trained = (f"backward, {of}, held by engine" for of in ("frozen", "trainable"))
+    modes = [mode for mode in (frozen, trained) if case("mul_add_", layout, mode).makes_sense()]
+    rows = [row for mode in modes for row in measured("mul_add_", layout, mode).values()]
+    verdicts = [v for v in targets.judge(rows, results.provenance(CPU)) if "full-size tensors" in v.promise]
+    full = layout in ("full", "vector_and_full", "full_and_vector")
+    assert [v.what for v in verdicts] == [f"mul_add_ {layout}, {mode}" for mode in modes if mode == frozen or not full]
+    assert all(v.met for v in verdicts)
+
+
 def test_narrowed_run_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "rows.csv"
     options = ["--ops", "add_", "--layouts", "full", "--sizes", "4KiB", "--rounds", "1", "--seconds", "1e-6"]
