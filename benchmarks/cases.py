@@ -199,7 +199,6 @@ def product(ops: Iterable, layouts: Iterable, dtypes: Iterable, sizes: Iterable,
             yield case
 
 
-
 def last_cache() -> int:
     """Bytes of this CPU's largest cache by what Linux says; 0 where it says nothing."""
     sizes = (path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
@@ -212,8 +211,8 @@ def past_cache(device: torch.device) -> int:
 
     A GPU's targets are stated for a size.
     """
-    wanted = last_cache() * 3 // 2 if device.type == "cpu" else 0
-    return max(64 * MiB, 1 << (wanted - 1).bit_length() if wanted else 0)
+    wanted = max(64 * MiB, last_cache() * 3 // 2 if device.type == "cpu" else 0)
+    return 1 << (wanted - 1).bit_length()
 
 
 # The step that DESIGN.md states its target of forward and backward for: 65536 x 512 float32.
