@@ -4,8 +4,15 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/utils/grad_layout_contract.h>
 #include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <string_view>
+#include <typeinfo>
 
 #include "operands.h"
 
@@ -78,6 +85,91 @@ bool readers_are_ordered(const c10::Device device) {
 }
 
 } // namespace
+
+namespace {
+
+namespace generated = torch::autograd::generated;
+
+template <class... Nodes>
+bool is_one_of(const torch::autograd::Node& node) {
+  return ((typeid(node) == typeid(Nodes)) || ...);
+}
+
+// What a node may hand on of a gradient as it came, or as a view of it.
+enum class HandsOn { nothing, all, parts };
+
+// Of torch's generated nodes, those with several gradients compute them afresh, but for these; one with a single gradient may be a
+// view's. Nodes that others wrote may do anything. Ours look to it themselves.
+HandsOn hands_on(const torch::autograd::Node& node) {
+  const std::string_view type = typeid(node).name();
+  if (type.starts_with("N12safe_inplace")) {
+    return HandsOn::nothing;
+  }
+  if (!type.starts_with("N5torch8autograd9generated") || is_one_of<generated::CatBackward0, generated::StackBackward0>(node)) {
+    return HandsOn::parts;
+  }
+  const bool hands_on = node.num_outputs() == 1 ||
+      is_one_of<generated::AddBackward0, generated::SubBackward0, generated::RsubBackward0, generated::AddcmulBackward0,
+                generated::AddcdivBackward0, generated::AddmmBackward0, generated::AddmvBackward0,
+                generated::AddrBackward0, generated::AddbmmBackward0, generated::BaddbmmBackward0>(node);
+  return hands_on ? HandsOn::all : HandsOn::nothing;
+}
+
+// AccumulateGrad keeps a gradient of which nobody else holds the TensorImpl; who else sees the memory it does not ask, and a view's
+// node on the way has made a new TensorImpl. What is added to a `.grad` that is there is not kept, unless a hook takes that away.
+class Keepers {
+ public:
+  explicit Keepers(const at::Tensor& gradient) : elements_(gradient.numel()) {}
+
+  // Whether a leaf behind the edge may keep the gradient, or a part of it, as its own.
+  bool behind(const torch::autograd::Edge& edge, bool parts = false) {
+    torch::autograd::Node* const node = edge.function.get();
+    if (node == nullptr) {
+      return false;
+    }
+    if (auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(node)) {
+      const int64_t wanted = leaf->variable.numel();
+      return (wanted == elements_ || (parts && wanted < elements_)) && !adds_in_place(*leaf);
+    }
+    const HandsOn handed = hands_on(*node);
+    if (handed == HandsOn::nothing) {
+      return false;
+    }
+    // Longer than any chain of residual sums; past it a copy too many.
+    if (--budget_ == 0) {
+      return true;
+    }
+    const auto& edges = node->next_edges();
+    return std::any_of(edges.begin(), edges.end(), [&](const torch::autograd::Edge& next) {
+      return behind(next, parts || handed == HandsOn::parts);
+    });
+  }
+
+ private:
+  static bool adds_in_place(torch::autograd::AccumulateGrad& leaf) {
+    return leaf.variable.grad().defined() && !has_hooks(leaf) && leaf.tensor_post_acc_grad_hooks() == nullptr;
+  }
+
+  int64_t elements_;
+  int budget_ = 2000;
+};
+
+} // namespace
+
+void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_list& edges) {
+  if (c10::GradMode::is_enabled()) {
+    return; // nothing is kept while higher derivatives are recorded
+  }
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    at::Tensor& gradient = gradients[i];
+    if (!gradient.defined() || !is_plain(gradient) || is_sole_owner(gradient) || !Keepers(gradient).behind(edges[i])) {
+      continue;
+    }
+    const auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(edges[i].function.get());
+    // In the layout that the leaf would copy it to otherwise.
+    gradient = leaf != nullptr ? torch::autograd::utils::clone_obey_contract(gradient, leaf->variable) : gradient.clone();
+  }
+}
 
 bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles) {
   return !c10::GradMode::is_enabled() && !tensor.requires_grad() && graph_is_released() &&

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/edge.h>
+#include <torch/csrc/autograd/function.h>
+
+#include <vector>
 
 namespace safe_inplace {
 
@@ -13,6 +17,10 @@ bool is_sole_owner(const at::Tensor& tensor, size_t handles = 1);
 // higher derivative is recorded, and, off the CPU, that every reader of the tensor was ordered before the current
 // stream.
 bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles = 1);
+
+// Gives every gradient that may become a leaf's `.grad` as it is memory that nobody else sees: copies it where somebody does.
+// `edges` are where the gradients go.
+void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_list& edges);
 
 // Whether the graph of the running backward pass is released after it.
 bool graph_is_released();

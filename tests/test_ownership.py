@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
+import safe_inplace
+
 from .checks import Memory, assert_bit_equal
 from .layouts import random_tensor, short
 from .op_table import OPS
@@ -95,7 +97,8 @@ def test_no_full_size_tensor_for_the_engines_gradient(op, operand_shape, trainab
 def test_one_full_size_tensor_for_a_callers_gradient(op, operand_shape, trainable):
     """`backward(grad)`: the caller may look at `grad` afterwards, so it is not written."""
     leaf, operands = make(op, operand_shape, trainable)
-    input = Sink.apply(leaf)
+    # Behind a product: a leaf that a Function of somebody else's leads to might keep the gradient, and would get a copy.
+    input = Sink.apply(leaf * 1)
     op.function(input, *operands)
     grad = torch.randn(SHAPE)
     before = grad.clone()
@@ -402,3 +405,138 @@ def test_views_under_copy_slices(op):
     plain = torch.cat([op.out_of_place(value[:100], *operands), value[100:]])
     (expected,) = torch.autograd.grad(plain, value, grad)
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+class Viewing(torch.autograd.Function):
+    """Hands on a view of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.view_as(grad)
+
+
+class Keeping(Viewing):
+    """And keeps the gradient."""
+
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @staticmethod
+    def backward(ctx, grad):
+        Keeping.kept.append((grad, grad.clone()))
+        return grad.view_as(grad)
+
+
+# How a leaf becomes an operand of shape (2, 4): by what hands its gradient on as it came, or a view of it.
+ROUTES = {
+    "leaf": ((2, 4), lambda leaf: leaf),
+    "view": ((8,), lambda leaf: leaf.view(2, 4)),
+    "transposed": ((4, 2), lambda leaf: leaf.t()),
+    "views": ((8, 1), lambda leaf: leaf.squeeze(1).view(4, 2).t()),
+    "clone": ((2, 4), lambda leaf: leaf.clone()),
+    "sum": ((2, 4), lambda leaf: leaf + torch.ones(2, 4)),
+    "sum_of_views": ((8,), lambda leaf: leaf.view(2, 4) + torch.ones(2, 4)),
+    "function": ((8,), lambda leaf: Viewing.apply(leaf).view(2, 4)),
+    "cat": ((4,), lambda leaf: torch.cat([leaf, torch.ones(4)]).view(2, 4)),
+    "stack": ((4,), lambda leaf: torch.stack([leaf, torch.ones(4)])),
+    "addmm": ((2, 4), lambda leaf: torch.addmm(leaf, torch.ones(2, 1), torch.ones(1, 4))),
+}
+
+# How a gradient of all threes comes to the op.
+GRADIENTS = {
+    "callers": lambda result, grad: result.backward(grad),
+    "callers_viewed": lambda result, grad: result.view(8).backward(grad.view(8)),
+    "callers_transposed": lambda result, grad: result.t().backward(grad.t()),
+    "part_of_callers": lambda result, grad: torch.cat([result, result]).backward(torch.cat([grad, grad])),
+    "kept": lambda result, grad: (Keeping.apply(result) * grad).sum().backward(),
+    "expanded": lambda result, grad: (result.sum() * 3).backward(),
+    "engines": lambda result, grad: (result * grad).sum().backward(),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable_input", "frozen_input"])
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("shape, route", ROUTES.values(), ids=ROUTES)
+def test_no_leaf_keeps_memory_that_somebody_else_sees(op, shape, route, gradient, frozen):
+    """Over several steps that add to `.grad`: each adds the same, and nothing that others hold changes."""
+    grad = torch.full((2, 4), 3.0)
+    w = torch.rand(2, 4, requires_grad=not frozen)
+    operands = [torch.rand(shape, requires_grad=True) for _ in op.operands]
+    shift = torch.rand(shape, requires_grad=True)
+    leaves = [operand for operand in (w, *operands, shift) if operand.requires_grad]
+    Keeping.kept.clear()
+
+    def step(op_form, add):
+        result = add(op_form(w * 1, *map(route, operands)), route(shift))
+        gradient(result, grad)
+
+    step(op.out_of_place, lambda a, b: a + b)
+    expected = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    Keeping.kept.clear()
+    grad = torch.full((2, 4), 3.0)
+    for count in (1, 2, 3):
+        step(op.function, safe_inplace.add_)
+        for leaf, once in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(leaf.grad, count * once)
+        assert_bit_equal(grad, torch.full((2, 4), 3.0))
+        for kept, before in Keeping.kept:
+            assert_bit_equal(kept, before)
+    seen = [grad, *(leaf.grad for leaf in leaves), *(kept for kept, _ in Keeping.kept)]
+    for leaf in leaves:
+        shared = [t for t in seen if t is not leaf.grad and t.untyped_storage()._cdata == leaf.grad.untyped_storage()._cdata]
+        assert not shared
+
+
+def test_parameters_that_share_a_gradient_have_grads_of_their_own(op):
+    """Two ops meet in a sum, one through a view: both get the sum's gradient."""
+    w = torch.rand(8, requires_grad=True)
+    one = [torch.rand(8, requires_grad=True) for _ in op.operands]
+    other = [torch.rand(2, 4, requires_grad=True) for _ in op.operands]
+
+    def total(form):
+        return ((form(w * 1, *one).view(2, 4) + form(w.view(2, 4) * 1, *other)) * 3.0).sum()
+
+    leaves = [w, *one, *other]
+    expected = torch.autograd.grad(total(op.out_of_place), leaves)
+    for count in (1, 2, 3):
+        total(op.function).backward()
+        for leaf, once in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(leaf.grad, count * once)
+
+
+def test_a_grad_that_a_hook_takes_away_is_given_new_memory(op):
+    """An optimizer in backward sets `.grad` to None: what comes next is kept again, not added."""
+    grad = torch.full((2, 4), 3.0)
+    operands = [torch.rand(2, 4, requires_grad=True) for _ in op.operands]
+    taken = []
+    for operand in operands:
+
+        def take(leaf):
+            taken.append((leaf.grad, leaf.grad.clone()))
+            leaf.grad = None
+
+        operand.register_post_accumulate_grad_hook(take)
+        operand.grad = torch.zeros(2, 4)
+    for _ in range(3):
+        op.function(torch.rand(2, 4), *operands).view(8).backward(grad.view(8))
+    assert_bit_equal(grad, torch.full((2, 4), 3.0))
+    for value, before in taken:
+        assert_bit_equal(value, before)
+
+
+def test_accumulation_copies_nothing(op):
+    """Where `.grad` is there already the gradient is added to it, whoever else sees it."""
+    operands = [random_tensor(SHAPE, torch.float32).requires_grad_() for _ in op.operands]
+    input = op.function(torch.rand(SHAPE), *operands)
+    for operand in operands:
+        operand.grad = torch.zeros(SHAPE)
+    grad = torch.ones(SHAPE)
+    with Memory() as memory:
+        input.backward(grad)
+    computed = sum(1 for position in range(1, 1 + len(op.operands)) if op.saves.get(op.arguments[position]))
+    assert len(memory.allocations(FULL)) <= computed
