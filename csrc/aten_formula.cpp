@@ -54,13 +54,13 @@ struct Protected {
   explicit Protected(const Call& original) : input(*original.input), call(original) {
     const bool plain = is_plain(original);
     const bool gradient = needs_gradient(original);
+    if (plain) {
+      check_memory(original);
+    }
     for (int i = 0; i < 2; ++i) {
       const at::Tensor* operand = original.operands[i].tensor;
       if (operand == nullptr) {
         continue;
-      }
-      if (plain && !operand->is_same(input)) {
-        at::assert_no_partial_overlap(input, *operand);
       }
       const bool saved = gradient && (operand->is_same(input) || share_storage(*operand, input));
       if (saved || (plain && !readable_in_place(input, *operand))) {

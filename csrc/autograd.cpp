@@ -3,6 +3,7 @@
 #include "autograd.h"
 
 #include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -150,20 +151,22 @@ variable_list InplaceNode::apply(variable_list&& grads) {
   if (!grads[0].defined()) {
     return results;
   }
-  Backward backward;
-  backward.op = op;
-  backward.parameter = parameter;
-  // The engine's handle is taken over, so that the count of the others tells whether the memory may be reused.
-  backward.grad = std::move(grads[0]);
-  unpack(backward);
-  if (run_kernel(backward, results)) {
-    return results;
-  }
-  for (int position = 0; position < static_cast<int>(num_outputs()); ++position) {
-    if (wanted(position)) {
-      results[position] = gradient_by_formula(backward, position, shapes[position]);
+  {
+    Backward backward;
+    backward.op = op;
+    backward.parameter = parameter;
+    // The engine's handle is taken over, so that the count of the others tells whether the memory may be reused.
+    backward.grad = std::move(grads[0]);
+    unpack(backward);
+    if (!run_kernel(backward, results)) {
+      for (int position = 0; position < static_cast<int>(num_outputs()); ++position) {
+        if (wanted(position)) {
+          results[position] = gradient_by_formula(backward, position, shapes[position]);
+        }
+      }
     }
   }
+  keep_apart(results, next_edges());
   return results;
 }
 
@@ -246,6 +249,11 @@ bool InplaceNode::run_kernel(Backward& backward, variable_list& results) {
       return false;
     }
   }
+  // A hook of the node may have put another gradient in the place of this one.
+  if (backward.grad.sizes() != c10::asIntArrayRefUnchecked(shapes[0].sizes)) {
+    return false;
+  }
+  check_factors(backward);
   const at::AutoDispatchBelowADInplaceOrView guard;
   const at::ScalarType dtype = backward.grad.scalar_type();
   const at::ScalarType math = math_type(dtype);
@@ -331,6 +339,56 @@ bool InplaceNode::run_kernel(Backward& backward, variable_list& results) {
 bool has_listener() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
+
+// Saved-tensor hooks run Python in the middle of a call. What they change of its tensors meanwhile would be in one half of the
+// result and not in the other.
+class Undisturbed {
+ public:
+  explicit Undisturbed(const Call& call) : call_(call) {
+    look(*call.input, 0);
+    for (int i = 0; i < call.info().operands; ++i) {
+      if (call.operands[i].tensor != nullptr) {
+        look(*call.operands[i].tensor, i + 1);
+      }
+    }
+  }
+
+  void check() const {
+    const Undisturbed now(call_);
+    for (int i = 0; i <= call_.info().operands; ++i) {
+      TORCH_CHECK(states_[i] == now.states_[i], call_.info().name, "(): a saved-tensor hook changed the argument '",
+                  i == 0 ? "input" : call_.info().operand_names[i - 1],
+                  "' while the op was saving it; nothing was written. Hooks may copy what they are given, not change it");
+    }
+  }
+
+ private:
+  struct State {
+    const void* data = nullptr;
+    at::DimVector sizes;
+    at::DimVector strides;
+    at::ScalarType dtype = at::ScalarType::Undefined;
+    uint32_t version = 0;
+    const Node* history = nullptr;
+    bool requires_grad = false;
+
+    bool operator==(const State&) const = default;
+  };
+
+  void look(const at::Tensor& tensor, int i) {
+    const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
+    states_[i] = {tensor.numel() == 0 ? nullptr : tensor.const_data_ptr(),
+                  at::DimVector(tensor.sizes()),
+                  at::DimVector(tensor.strides()),
+                  tensor.scalar_type(),
+                  counter.enabled() ? counter.current_version() : 0,
+                  tensor.grad_fn().get(),
+                  tensor.requires_grad()};
+  }
+
+  const Call& call_;
+  State states_[3];
+};
 
 bool has_forward_gradient(const Call& call) {
   if (call.input->_fw_grad(0).defined()) {
@@ -426,21 +484,31 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
     return write_by_formula(call);
   }
 
+  // Everything that can fail comes before the write: what is saved is saved here, the kept value too.
   NodePtr<InplaceNode> node;
   at::Tensor kept;
+  const bool listener = has_listener();
   if (any_requires_grad) {
+    const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+    const auto before = hooks ? std::make_optional<Undisturbed>(call) : std::nullopt;
     node = record(call);
     if (keeps_value(*node)) {
-      const at::AutoDispatchBelowADInplaceOrView guard;
-      kept = at::empty_like(*call.input);
+      {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        kept = at::empty_like(*call.input);
+        if (listener || hooks) {
+          write_kept(call, kept); // a hook reads it, and the op that a listener sees does not write it
+        }
+      }
+      node->saved[int(Factor::Kept)] = SavedVariable(kept, /*is_output=*/false);
+    }
+    if (hooks) {
+      before->check();
+      kept.reset();
     }
   }
-  if (has_listener()) {
+  if (listener) {
     const at::AutoDispatchBelowAutograd guard;
-    if (kept.defined()) {
-      const at::AutoDispatchBelowADInplaceOrView below_views;
-      write_kept(call, kept);
-    }
     below(keys & c10::after_autograd_keyset, call);
   } else {
     if (kept.defined()) {
@@ -450,9 +518,6 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
     torch::autograd::increment_version(*call.input);
   }
   if (node) {
-    if (kept.defined()) {
-      node->saved[int(Factor::Kept)] = SavedVariable(kept, /*is_output=*/false);
-    }
     torch::autograd::rebase_history(*call.input, std::move(node));
   }
 }

@@ -63,7 +63,58 @@ bool apart_in_period(const Extent& a, const Extent& b) {
   return ahead >= a.run && ahead + b.run <= period;
 }
 
+// Is there a step, other than none at all, that leads from an element back to itself? `offset` is where the dimensions before
+// this one have led; those from here on must take it back to 0. They are in order of falling stride, so that few steps can.
+class ReturningStep {
+ public:
+  explicit ReturningStep(const std::vector<Extent::Dimension>& dimensions) : dimensions_(dimensions) {}
+
+  bool exists(size_t at = 0, int64_t offset = 0, bool moved = false) {
+    if (at == dimensions_.size()) {
+      return moved && offset == 0;
+    }
+    int64_t reach = 0;
+    for (size_t d = at + 1; d < dimensions_.size(); ++d) {
+      reach += dimensions_[d].stride * (dimensions_[d].size - 1);
+    }
+    const auto [stride, size] = dimensions_[at];
+    // |offset + step * stride| <= reach
+    const int64_t last = std::min(size - 1, floor_divide(reach - offset, stride));
+    for (int64_t step = std::max(1 - size, -floor_divide(reach + offset, stride)); step <= last; ++step) {
+      if (--budget_ == 0 || exists(at + 1, offset + step * stride, moved || step != 0)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+ private:
+  static int64_t floor_divide(int64_t a, int64_t b) {
+    return a >= 0 ? a / b : -((-a + b - 1) / b);
+  }
+
+  const std::vector<Extent::Dimension>& dimensions_;
+  int64_t budget_ = kMostBlocks;
+};
+
 } // namespace
+
+bool overlaps_itself(const at::Tensor& tensor) {
+  if (tensor.is_non_overlapping_and_dense() || tensor.numel() <= 1) {
+    return false;
+  }
+  std::vector<Extent::Dimension> dimensions;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1 && tensor.stride(d) == 0) {
+      return true;
+    }
+    if (tensor.size(d) > 1) {
+      dimensions.push_back({tensor.stride(d), tensor.size(d)});
+    }
+  }
+  std::stable_sort(dimensions.begin(), dimensions.end(), [](const auto& a, const auto& b) { return a.stride > b.stride; });
+  return ReturningStep(dimensions).exists();
+}
 
 int64_t Extent::count() const {
   int64_t count = 1;

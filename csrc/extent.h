@@ -30,4 +30,8 @@ std::optional<Extent> extent_of(const at::Tensor& tensor);
 
 bool overlap(const Extent& a, const Extent& b);
 
+// Whether two indices of the tensor name one element. Exact, where at::has_internal_overlap finds it too hard to tell; beyond a
+// million steps, which no layout was seen to take, the answer is yes.
+bool overlaps_itself(const at::Tensor& tensor);
+
 } // namespace safe_inplace

@@ -12,7 +12,10 @@
 #include <array>
 #include <limits>
 
+#include <c10/util/SmallVector.h>
+
 #include "device.h"
+#include "extent.h"
 
 namespace safe_inplace {
 
@@ -198,7 +201,45 @@ std::pair<uintptr_t, uintptr_t> byte_range(const at::Tensor& tensor) {
   return {begin, begin + (last + 1) * tensor.element_size()};
 }
 
+// A storage may have been shrunk or given back since the tensor was made of it: what lies behind its end is not the tensor's.
+void check_allocated(const at::Tensor& tensor, const char* op, const char* role, const char* name) {
+  if (tensor.numel() == 0) {
+    return;
+  }
+  int64_t last = tensor.storage_offset();
+  if (tensor.is_non_overlapping_and_dense()) {
+    last += tensor.numel() - 1;
+  } else {
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+      last += (tensor.size(dim) - 1) * tensor.stride(dim);
+    }
+  }
+  const size_t needed = static_cast<size_t>(last + 1) * tensor.element_size();
+  const size_t held = tensor.storage().unsafeGetStorageImpl()->nbytes();
+  TORCH_CHECK(needed <= held, op, "(): ", role, " '", name, "' has lost its memory: its storage holds ", held,
+              " bytes and its elements take ", needed, "; resize the storage before the call, or use a tensor that has memory");
+}
+
 } // namespace
+
+void check_memory(const Call& call) {
+  const at::Tensor& input = *call.input;
+  const OpInfo& op = call.info();
+  check_allocated(input, op.name, "argument", "input");
+  TORCH_CHECK(!overlaps_itself(input),
+              "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+              "Please clone() the tensor before performing the operation.");
+  for (int i = 0; i < op.operands; ++i) {
+    const at::Tensor* tensor = call.operands[i].tensor;
+    if (tensor == nullptr) {
+      continue;
+    }
+    check_allocated(*tensor, op.name, "argument", op.operand_names[i]);
+    if (!tensor->is_same(input)) {
+      at::assert_no_partial_overlap(input, *tensor);
+    }
+  }
+}
 
 bool readable_in_place(const at::Tensor& input, const at::Tensor& operand) {
   if (!share_storage(input, operand) || operand.numel() == 0) {
@@ -221,24 +262,27 @@ namespace {
 
 // The tensors of a plan while its dimensions are still those of the input.
 struct Layout {
+  static constexpr int kMostEntries = 7;
   struct Entry {
     Arg* arg;
-    int64_t strides[64];
+    int64_t* strides;
   };
   int ndim = 0;
-  int64_t sizes[64];
-  Entry entries[7];
+  at::IntArrayRef sizes;
+  // Tensors may have any number of dimensions, and usually have few.
+  c10::SmallVector<int64_t, kMostEntries * 6> strides;
+  Entry entries[kMostEntries];
   int count = 0;
 
-  explicit Layout(const at::Tensor& input) : ndim(static_cast<int>(input.dim())) {
-    std::copy(input.sizes().begin(), input.sizes().end(), sizes);
-  }
+  explicit Layout(const at::Tensor& input)
+      : ndim(static_cast<int>(input.dim())), sizes(input.sizes()), strides(kMostEntries * input.dim()) {}
 
   void add(Arg& arg, const at::Tensor& tensor, void* data, DType dtype) {
     arg.data = data;
     arg.dtype = dtype;
-    Entry& entry = entries[count++];
+    Entry& entry = entries[count];
     entry.arg = &arg;
+    entry.strides = strides.data() + int64_t(count++) * ndim;
     const int offset = ndim - static_cast<int>(tensor.dim());
     for (int dim = 0; dim < ndim; ++dim) {
       const bool broadcast = dim < offset || tensor.size(dim - offset) == 1;
@@ -250,7 +294,7 @@ struct Layout {
   // writes the result into the plan. False if too many remain.
   bool finish(Shape& shape) {
     shape.numel = 1;
-    int order[64];
+    c10::SmallVector<int, 12> order(ndim);
     int kept = 0;
     for (int dim = ndim - 1; dim >= 0; --dim) {
       shape.numel *= sizes[dim];
@@ -358,6 +402,7 @@ bool needs_torch_kernel(const Call& call) {
 
 bool plan_forward(const Call& call, Forward& forward) {
   const at::Tensor& input = *call.input;
+  check_memory(call);
   DType dtype;
   if (!kernel_dtype(input.scalar_type(), dtype) || device_kernels(input.device().type()) == nullptr ||
       needs_torch_kernel(call)) {
@@ -368,15 +413,11 @@ bool plan_forward(const Call& call, Forward& forward) {
     return false;
   }
   const at::Tensor* values[2] = {nullptr, nullptr};
-  at::assert_no_internal_overlap(input);
   for (int i = 0; i < call.info().operands; ++i) {
     const at::Tensor* tensor = call.operands[i].tensor;
     values[i] = tensor;
     if (tensor == nullptr) {
       continue;
-    }
-    if (tensor->unsafeGetTensorImpl() != input.unsafeGetTensorImpl()) {
-      at::assert_no_partial_overlap(input, *tensor);
     }
     check_shape(input, *tensor);
     if (!readable_in_place(input, *tensor)) {
@@ -435,6 +476,18 @@ void run_forward(const Forward& forward, const Call& call) {
   plan.input.data = input.mutable_data_ptr();
   const c10::OptionalDeviceGuard guard(input.is_cpu() ? std::nullopt : std::make_optional(input.device()));
   device_kernels(input.device().type())->forward(plan);
+}
+
+void check_factors(const Backward& backward) {
+  const OpInfo& op = infos[backward.op];
+  check_allocated(backward.grad, op.node, "the gradient of", "input");
+  for (int i = 0; i < 3; ++i) {
+    const at::Tensor& value = backward.factors[i].tensor;
+    if (value.defined()) {
+      check_shape(backward.grad, value);
+      check_allocated(value, op.node, "the saved", i < op.operands ? op.operand_names[i] : "input");
+    }
+  }
 }
 
 bool plan_backward(const Backward& backward, BackwardPlan& plan) {

@@ -39,6 +39,9 @@ void check_writable(const at::Tensor& input);
 
 bool share_storage(const at::Tensor& a, const at::Tensor& b);
 
+// The refusals of a plain call that its layout and memory give reason for, in torch's words where it has some.
+void check_memory(const Call& call);
+
 // Whether reading the operand element by element beside writing the input gives what reading all of it first would.
 bool readable_in_place(const at::Tensor& input, const at::Tensor& operand);
 
@@ -47,7 +50,7 @@ struct Forward {
   at::Tensor copies[2]; // of operands that overlap the input in a way that cannot be read element by element
 };
 
-// Checks the call as torch's own in-place methods do, in their words, and lays it out. False where no kernel covers
+// Checks a plain call as torch's own in-place methods do, in their words, and lays it out. False where no kernel covers
 // it: then the aten formula has to be used.
 bool plan_forward(const Call& call, Forward& forward);
 void set_kept(Forward& forward, const Call& call, const at::Tensor& kept);
@@ -65,6 +68,9 @@ struct Backward {
   FactorValue factors[3]; // first operand, second operand, kept; undefined where nobody reads them
   at::Tensor grads[3]; // undefined where nobody wants them; otherwise in the operand's shape
 };
+
+// What a hook or an assignment to `.data` has put in the place of what was saved must fit the gradient as it did then.
+void check_factors(const Backward& backward);
 
 bool plan_backward(const Backward& backward, BackwardPlan& plan);
 
