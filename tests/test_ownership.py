@@ -1,6 +1,7 @@
 """Backward takes over memory that nobody else can see, and only such memory."""
 
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -422,7 +423,7 @@ class Viewing(torch.autograd.Function):
 class Keeping(Viewing):
     """And keeps the gradient."""
 
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    kept: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
     @staticmethod
     def backward(ctx, grad):
