@@ -116,9 +116,12 @@ void addcmul_formula(const Call& call, const at::Tensor& input) {
   }
   const Operand& tensor = tensor1.tensor != nullptr ? tensor1 : tensor2;
   const Operand& number = tensor1.tensor != nullptr ? tensor2 : tensor1;
-  const at::Tensor product = tensor.tensor != nullptr
-      ? times(tensor.tensor->to(math_type(tensor.tensor->scalar_type())), number)
-      : times(at::scalar_tensor(tensor.number, input.options().dtype(math_type(input.scalar_type()))), number);
+  // Of two numbers one becomes a tensor: of the input's dtype, or of the one that it would promote the input to.
+  const at::Tensor factor = tensor.tensor != nullptr
+      ? *tensor.tensor
+      : as_tensor(tensor).to(at::device(input.device()).dtype(at::result_type(input, tensor.number)),
+                             /*non_blocking=*/false, /*copy=*/true);
+  const at::Tensor product = times(widened(factor), number);
   write_result(*call.input, at::add(widened(input), product, call.parameter));
 }
 
@@ -198,7 +201,7 @@ at::Tensor gradient_by_formula(const Backward& backward, int position, const Ope
     gradient = factor.tensor.defined() ? at::mul(gradient, factor.tensor.conj())
                                        : at::mul(gradient, factor.number.conj());
   }
-  if (partial.times_parameter && !backward.parameter.equal(1)) {
+  if (partial.times_parameter && !equals(backward.parameter, 1)) {
     gradient = at::mul(gradient, backward.parameter.conj());
   }
   return cast_gradient(at::sum_to(std::move(gradient), c10::SymIntArrayRef(shape.sizes)), shape.dtype);

@@ -104,12 +104,16 @@ at::ScalarType math_type(at::ScalarType type) {
   return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
 }
 
+bool equals(const at::Scalar& number, int value) {
+  return !number.isSymbolic() && number.equal(value);
+}
+
 namespace {
 
 // A number that every kernel dtype of the same category rounds as torch does.
 bool take_number(const at::Scalar& number, at::ScalarType input_type, double* out) {
   // A symbolic number belongs to a tracer; a wide integer would be rounded twice on its way through double.
-  if (number.isSymbolic()) {
+  if (number.isSymbolic() || number.type() == at::kUInt64) {
     return false;
   }
   if (number.isBoolean()) {
@@ -390,7 +394,7 @@ bool place_operand(const Operand& operand, const at::Tensor& value, const at::Te
 // an imaginary part the compiler fuses the first with the sum, so that the order shows in the last bit.
 bool needs_torch_kernel(const Call& call) {
   if (call.op == op_index<Add>) {
-    return call.input->is_cpu() && !call.parameter.equal(1) && !call.parameter.equal(-1);
+    return call.input->is_cpu() && !equals(call.parameter, 1) && !equals(call.parameter, -1);
   }
   if (call.op != op_index<Mul> || !call.input->is_complex()) {
     return false;

@@ -78,6 +78,9 @@ bool plan_backward(const Backward& backward, BackwardPlan& plan);
 bool kernel_dtype(at::ScalarType type, DType& dtype);
 at::ScalarType math_type(at::ScalarType type);
 
+// False for a symbol, whose value only its tracer may ask for.
+bool equals(const at::Scalar& number, int value);
+
 void run_forward(const Forward& forward, const Call& call);
 void run_backward(const BackwardPlan& plan, const at::Tensor& grad);
 

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "autograd.h"
 #include "cuda/simulate.h"
@@ -97,14 +98,28 @@ void collect(const Signature& signature, PyObject* const* args, Py_ssize_t posit
   }
 }
 
-bool is_numpy_scalar(PyObject* value) {
+bool is_numpy(PyObject* value, const char* type) {
   // Only a program that has imported NumPy can own one.
   PyObject* const numpy = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy");
-  return numpy != nullptr && py::isinstance(value, py::handle(numpy).attr("generic"));
+  return numpy != nullptr && py::isinstance(value, py::handle(numpy).attr(type));
+}
+
+// The argument parser of torch's own methods: what it takes as a number, how it reads it, and how it refuses one that is
+// too large.
+at::Scalar read_as_torch(PyObject* value) {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<torch::PythonArgParser*> parser;
+  torch::PythonArgParser* const number =
+      parser
+          .call_once_and_store_result(
+              [] { return new torch::PythonArgParser(std::vector<std::string>{"number(Scalar number)"}); })
+          .get_stored();
+  const py::tuple arguments = py::make_tuple(py::handle(value));
+  torch::ParsedArgs<1> parsed;
+  return number->parse(arguments.ptr(), nullptr, parsed).scalar(0);
 }
 
 bool take_scalar(PyObject* value, at::Scalar& out) {
-  if (PyFloat_CheckExact(value)) {
+  if (PyFloat_Check(value)) {
     out = PyFloat_AS_DOUBLE(value);
     return true;
   }
@@ -113,26 +128,40 @@ bool take_scalar(PyObject* value, at::Scalar& out) {
     return true;
   }
   if (PyLong_Check(value)) {
-    out = static_cast<int64_t>(THPUtils_unpackLong(value));
+    int overflow = 0;
+    const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    out = overflow == 0 ? at::Scalar(static_cast<int64_t>(number)) : read_as_torch(value);
     return true;
   }
-  if (PyFloat_Check(value)) {
-    out = PyFloat_AS_DOUBLE(value);
-    return true;
-  }
-  if (PyComplex_Check(value)) {
-    const Py_complex number = PyComplex_AsCComplex(value);
-    out = c10::complex<double>(number.real, number.imag);
-    return true;
-  }
-  if (torch::is_symint(py::handle(value)) || torch::is_symfloat(py::handle(value))) {
-    out = py::cast<at::Scalar>(py::handle(value));
-    return true;
-  }
-  if (!is_numpy_scalar(value)) {
+  // Without NumPy's own headers, torch's check knows none of its numbers.
+  if (!THPUtils_checkScalar(value) && !is_numpy(value, "number") && !is_numpy(value, "bool_")) {
     return false;
   }
-  return take_scalar(py::handle(value).attr("item")().ptr(), out);
+  if (is_numpy(value, "complexfloating")) {
+    // torch reads a complex number of another width than Python's as a float, and so loses the imaginary part.
+    const Py_complex number = PyComplex_AsCComplex(value);
+    if (PyErr_Occurred() != nullptr) {
+      throw py::error_already_set();
+    }
+    const bool torch_reads_it = number.imag == 0 && !PyComplex_Check(value);
+    out = torch_reads_it ? at::Scalar(number.real) : at::Scalar(c10::complex<double>(number.real, number.imag));
+    return true;
+  }
+  out = read_as_torch(value);
+  return true;
+}
+
+// torch reads the value of a 0-dim tensor where it wants a number, but not if a gradient would be lost.
+bool take_parameter(PyObject* value, at::Scalar& out) {
+  if (THPVariable_Check(value)) {
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    if (tensor.dim() != 0 || tensor.requires_grad()) {
+      return false;
+    }
+    out = tensor.item();
+    return true;
+  }
+  return take_scalar(value, out);
 }
 
 [[noreturn]] void refuse(const Signature& signature, int i, PyObject* value) {
@@ -143,7 +172,8 @@ bool take_scalar(PyObject* value, at::Scalar& out) {
   if (i == 0 && THPUtils_checkScalar(value)) {
     remedy = "; a number cannot be written in place, wrap it with torch.tensor";
   } else if (signature.is_parameter(i) && THPVariable_Check(value)) {
-    remedy = "; pass its value with .item()";
+    remedy = THPVariable_Unpack(value).dim() == 0 ? " that requires a gradient, which would be lost; pass its value with .item()"
+                                                  : "; pass its value with .item()";
   } else if (PySequence_Check(value) && !PyUnicode_Check(value)) {
     remedy = "; convert it with torch.as_tensor";
   }
@@ -206,7 +236,7 @@ PyObject* call_op(int index, PyObject* const* args, Py_ssize_t positional, PyObj
     }
   }
   const int last = signature.count() - 1;
-  if (signature.is_parameter(last) && values[last] != nullptr && !take_scalar(values[last], call.parameter)) {
+  if (signature.is_parameter(last) && values[last] != nullptr && !take_parameter(values[last], call.parameter)) {
     refuse(signature, last, values[last]);
   }
   if (!call.input->unsafeGetTensorImpl()->has_symbolic_sizes_strides() && call.input->numel() >= kReleaseGilFrom) {

@@ -56,7 +56,7 @@ def add_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
         input: the tensor to write, of any shape, dtype and device. A leaf that requires a gradient is refused.
         other: a tensor that broadcasts to ``input``'s shape, or a number. Dtypes are promoted by torch's rules; the
             result must be castable to ``input``'s dtype.
-        alpha: the multiplier of ``other``.
+        alpha: the multiplier of ``other``: a number, or a 0-dim tensor without a gradient, whose value is read.
 
     Returns:
         ``input``, its version counter one higher.
@@ -67,7 +67,7 @@ def add_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
         RuntimeError: before anything is written, where ``input.add_`` raises it: a shape that does not broadcast to
             ``input``'s, a dtype that cannot be cast, memory that overlaps itself or an operand in part, a leaf that
             requires a gradient.
-        TypeError: an argument is neither a tensor nor a number.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
 
     Example:
         >>> import torch, safe_inplace
@@ -94,7 +94,7 @@ def mul_(input: Tensor, other: Operand) -> Tensor:
 
     Raises:
         RuntimeError: before anything is written, where ``input.mul_`` raises it.
-        TypeError: an argument is neither a tensor nor a number.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
 
     Example:
         >>> import torch, safe_inplace
@@ -123,7 +123,7 @@ def add_mul_(input: Tensor, other: Operand, scale: Operand) -> Tensor:
 
     Raises:
         RuntimeError: before anything is written, where torch's own in-place methods raise it.
-        TypeError: an argument is neither a tensor nor a number.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
 
     Example:
         >>> import torch, safe_inplace
@@ -153,7 +153,7 @@ def mul_add_(input: Tensor, scale: Operand, shift: Operand) -> Tensor:
 
     Raises:
         RuntimeError: before anything is written, where torch's own in-place methods raise it.
-        TypeError: an argument is neither a tensor nor a number.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
 
     Example:
         >>> import torch, safe_inplace
@@ -175,7 +175,7 @@ def addcmul_(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number
         input: the tensor to write, of any shape, dtype and device. A leaf that requires a gradient is refused.
         tensor1: a tensor that broadcasts to ``input``'s shape, or a number.
         tensor2: a tensor that broadcasts to ``input``'s shape, or a number.
-        value: the multiplier of the product.
+        value: the multiplier of the product: a number, or a 0-dim tensor without a gradient, whose value is read.
 
     Returns:
         ``input``, its version counter one higher.
@@ -185,7 +185,7 @@ def addcmul_(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number
 
     Raises:
         RuntimeError: before anything is written, where ``input.addcmul_`` raises it.
-        TypeError: an argument is neither a tensor nor a number.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
 
     Example:
         >>> import torch, safe_inplace
