@@ -449,14 +449,14 @@ bool keeps_value(const InplaceNode& node) {
   return false;
 }
 
-void write_kept(const Call& call, const at::Tensor& kept) {
+// The kept value by an operator that returns it: a mode may answer any of them with what it returned before.
+at::Tensor kept_by_operator(const Call& call) {
+  const at::Tensor& input = *call.input;
   if (call.info().kept == Kept::Input) {
-    kept.copy_(*call.input);
-  } else if (call.operands[0].tensor != nullptr) {
-    at::add_out(const_cast<at::Tensor&>(kept), *call.input, *call.operands[0].tensor);
-  } else {
-    kept.copy_(*call.input).add_(call.operands[0].number);
+    return input.clone();
   }
+  const Operand& other = call.operands[0];
+  return (other.tensor != nullptr ? at::add(input, *other.tensor) : at::add(input, other.number)).to(input.scalar_type());
 }
 
 } // namespace
@@ -494,11 +494,9 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
     node = record(call);
     if (keeps_value(*node)) {
       {
+        // A hook reads it now, and the op that a listener sees does not write it.
         const at::AutoDispatchBelowADInplaceOrView guard;
-        kept = at::empty_like(*call.input);
-        if (listener || hooks) {
-          write_kept(call, kept); // a hook reads it, and the op that a listener sees does not write it
-        }
+        kept = listener || hooks ? kept_by_operator(call) : at::empty_like(*call.input);
       }
       node->saved[int(Factor::Kept)] = SavedVariable(kept, /*is_output=*/false);
     }

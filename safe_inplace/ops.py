@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from . import _C, _dynamo
 
@@ -24,6 +25,10 @@ def _op(formula: F) -> F:
     """The door to the op, with the name, the documentation and, for compilers, the body of `formula`."""
     door = _C.make_door(formula.__name__, formula.__doc__, __name__)
     _dynamo.trace_as(door, formula)
+    # Selective checkpointing gives the result of a saved op again and does not call it; an op that returns nothing would
+    # not write. It is computed anew, whatever a policy says.
+    packet = getattr(torch.ops.safe_inplace, formula.__name__)
+    SAC_IGNORED_OPS.update(getattr(packet, overload) for overload in packet.overloads())
     return door
 
 
