@@ -107,22 +107,62 @@ at::Tensor widened(const at::Tensor& input) {
   return input.to(math_type(input.scalar_type()));
 }
 
+// torch's addcmul_ takes a boolean, and a complex number without an imaginary part, for which its add_ has no use.
+at::Scalar as_alpha(const at::Scalar& value, at::ScalarType dtype) {
+  if (value.isSymbolic()) {
+    return value;
+  }
+  if (value.isBoolean()) {
+    return int64_t(value.toBool());
+  }
+  if (value.isComplex() && !at::isComplexType(dtype) && value.toComplexDouble().imag() == 0) {
+    return value.toComplexDouble().real();
+  }
+  return value;
+}
+
+bool is_dense(const Call& call) {
+  bool dense = call.input->layout() == at::kStrided && !call.input->is_nested();
+  for (const Operand& operand : call.operands) {
+    dense = dense && (operand.tensor == nullptr || operand.tensor->layout() == at::kStrided);
+  }
+  return dense;
+}
+
+// torch's addcmul_ rounds a 0-dim operand to the dtype of a half-precision result before it multiplies, and no GPU kernel
+// takes two numbers that lie on the CPU.
+bool is_torchs_addcmul(const Call& call, const at::Tensor& tensor1, const at::Tensor& tensor2) {
+  const at::ScalarType dtype = call.input->scalar_type();
+  const auto is_cpu_scalar = [](const at::Tensor& tensor) { return tensor.dim() == 0 && tensor.is_cpu(); };
+  const bool rounds_once = math_type(dtype) == dtype || (tensor1.scalar_type() == dtype && tensor2.scalar_type() == dtype);
+  const bool takes_both = call.input->is_cpu() || !is_cpu_scalar(tensor1) || !is_cpu_scalar(tensor2);
+  return !is_dense(call) || (rounds_once && takes_both);
+}
+
 void addcmul_formula(const Call& call, const at::Tensor& input) {
   const Operand& tensor1 = call.operands[0];
   const Operand& tensor2 = call.operands[1];
+  const at::ScalarType math = math_type(input.scalar_type());
+  const auto in_math = [math](const at::Tensor& tensor) { return tensor.to(c10::promoteTypes(tensor.scalar_type(), math)); };
+  at::Tensor product;
   if (tensor1.tensor != nullptr && tensor2.tensor != nullptr) {
-    call.input->addcmul_(*tensor1.tensor, *tensor2.tensor, call.parameter);
-    return;
+    if (is_torchs_addcmul(call, *tensor1.tensor, *tensor2.tensor)) {
+      call.input->addcmul_(*tensor1.tensor, *tensor2.tensor, call.parameter);
+      return;
+    }
+    product = at::mul(in_math(*tensor1.tensor), in_math(*tensor2.tensor));
+  } else {
+    const Operand& tensor = tensor1.tensor != nullptr ? tensor1 : tensor2;
+    const Operand& number = tensor1.tensor != nullptr ? tensor2 : tensor1;
+    // Of two numbers one becomes a tensor: of the input's dtype, or of the one that it would promote the input to.
+    const at::Tensor factor = tensor.tensor != nullptr
+        ? *tensor.tensor
+        : as_tensor(tensor).to(at::device(input.device()).dtype(at::result_type(input, tensor.number)),
+                               /*non_blocking=*/false, /*copy=*/true);
+    product = times(widened(factor), number);
   }
-  const Operand& tensor = tensor1.tensor != nullptr ? tensor1 : tensor2;
-  const Operand& number = tensor1.tensor != nullptr ? tensor2 : tensor1;
-  // Of two numbers one becomes a tensor: of the input's dtype, or of the one that it would promote the input to.
-  const at::Tensor factor = tensor.tensor != nullptr
-      ? *tensor.tensor
-      : as_tensor(tensor).to(at::device(input.device()).dtype(at::result_type(input, tensor.number)),
-                             /*non_blocking=*/false, /*copy=*/true);
-  const at::Tensor product = times(widened(factor), number);
-  write_result(*call.input, at::add(widened(input), product, call.parameter));
+  const at::Scalar alpha = as_alpha(call.parameter, c10::promoteTypes(product.scalar_type(), input.scalar_type()));
+  write_result(*call.input, at::add(widened(input), product, alpha));
 }
 
 // torch's in-place methods let an operand on the meta device pass, and write nothing.
@@ -133,14 +173,6 @@ void check_devices(const Call& call) {
                 "(): Expected all tensors to be on the same device, but argument '", call.info().operand_names[i],
                 "' is on meta and input is on ", call.input->device(), "; move it with .to(input.device)");
   }
-}
-
-bool is_dense(const Call& call) {
-  bool dense = call.input->layout() == at::kStrided && !call.input->is_nested();
-  for (const Operand& operand : call.operands) {
-    dense = dense && (operand.tensor == nullptr || operand.tensor->layout() == at::kStrided);
-  }
-  return dense;
 }
 
 // Sparse, mkldnn and nested tensors lack the general forms: what torch's two methods do, with two raises of the version.

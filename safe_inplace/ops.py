@@ -32,10 +32,17 @@ def _op(formula: F) -> F:
     return door
 
 
+def _math_dtype(input: Tensor) -> torch.dtype:
+    return torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+
+
+def _beside_math(input: Tensor, operand: Tensor) -> Tensor:
+    return operand.to(torch.promote_types(operand.dtype, _math_dtype(input)))
+
+
 def _old(input: Tensor) -> Tensor:
     """A copy of what will be overwritten, in the dtype that the fused formulas compute in."""
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    return input.to(torch.float32 if half else input.dtype, copy=True)
+    return input.to(_math_dtype(input), copy=True)
 
 
 def _beside(input: Tensor, operand: T) -> T:
@@ -199,10 +206,16 @@ def addcmul_(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number
         tensor([2., 7.])
     """
     if isinstance(tensor1, Tensor) and isinstance(tensor2, Tensor):
-        return input.addcmul_(_beside(input, tensor1), _beside(input, tensor2), value=value)
-    tensor, number = (tensor1, tensor2) if isinstance(tensor1, Tensor) else (tensor2, tensor1)
-    product = (_old(tensor) if isinstance(tensor, Tensor) else tensor) * number
-    return _write(input, torch.add(_old(input), product, alpha=value))
+        exact = not input.is_floating_point() and not input.is_complex()
+        if exact or tensor1.dtype == tensor2.dtype == input.dtype:
+            return input.addcmul_(_beside(input, tensor1), _beside(input, tensor2), value=value)
+        # It would round a 0-dim operand to the input's dtype first, and as Dynamo writes it the product to the operands'.
+        product: Operand = _beside_math(input, tensor1) * _beside_math(input, tensor2)
+    else:
+        tensor, number = (tensor1, tensor2) if isinstance(tensor1, Tensor) else (tensor2, tensor1)
+        product = (_old(tensor) if isinstance(tensor, Tensor) else tensor) * number
+    # torch's add has no use for a boolean alpha.
+    return _write(input, torch.add(_old(input), product, alpha=int(value) if isinstance(value, bool) else value))
 
 
 def _call_override(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -137,7 +137,7 @@ def test_mixed_dtypes_equal_torch(op, dtype, operand_dtype, device):
             check(op, *layout.tensors(1, dtype, device, operand_dtype))
 
 
-@pytest.mark.parametrize(
+MIXED_FUSED = pytest.mark.parametrize(
     "dtype, operand_dtypes",
     [
         (torch.bfloat16, (torch.float32,)),
@@ -156,15 +156,64 @@ def test_mixed_dtypes_equal_torch(op, dtype, operand_dtype, device):
     ],
     ids=lambda v: short(v) if isinstance(v, torch.dtype) else "_".join(map(short, v)),
 )
+
+
+@MIXED_FUSED
 @pytest.mark.parametrize("op", FUSED, **op_ids)
 def test_mixed_dtypes_of_fused_ops(op, dtype, operand_dtypes, device):
     for layout in MEDIUM:
-        operands = [
-            layout.operand(i, operand_dtypes[i % len(operand_dtypes)], device)
-            for i in range(len(op.operands))
-        ]
+        operands = [layout.operand(i, operand_dtypes[i % len(operand_dtypes)], device) for i in range(len(op.operands))]
         with noted(layout):
             check(op, layout.input(dtype, device), *operands)
+
+
+def by_functionalization(op, input, *operands):
+    return torch.func.functionalize(lambda *values: op.function(*values))(input, *operands)
+
+
+def by_forward_mode(op, input, *operands):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(input, torch.zeros_like(input))
+        return torch.autograd.forward_ad.unpack_dual(op.function(dual, *operands)).primal
+
+
+def by_compiler(op, input, *operands):
+    torch._dynamo.reset()
+    return torch.compile(lambda *values: op.function(*values), backend="aot_eager")(input, *operands)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("run", [by_functionalization, by_forward_mode, by_compiler], **{"ids": lambda run: run.__name__})
+@MIXED_FUSED
+@pytest.mark.parametrize("op", FUSED, **op_ids)
+def test_mixed_dtypes_by_the_formula(op, dtype, operand_dtypes, run):
+    """Where no kernel takes the operands, as with 0-dim ones of another dtype on a GPU, the result is rounded once as well."""
+    for shapes in [((), ()), ((17,), ())] if run is by_compiler else itertools.product([(), (17,), (5, 17)], repeat=2):
+        operands = [
+            random_tensor(shape, operand_dtypes[i % len(operand_dtypes)]) for i, shape in enumerate(shapes[: len(op.operands)])
+        ]
+        input = random_tensor((5, 17), dtype)
+        exact, magnitude = op.exact(input, *operands), op.magnitude(input, *operands)
+        with noted(shapes):
+            assert_rounded_once(run(op, input, *operands), exact, magnitude)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.bfloat16, torch.float32], **dtype_ids)
+def test_two_numbers_on_the_cpu_beside_another_device(dtype):
+    """No GPU kernel takes both: their product is made on the CPU."""
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            tensors = [value for value in args if isinstance(value, torch.Tensor)]
+            if any(tensor.is_meta for tensor in tensors):
+                most.append(sum(tensor.is_cpu for tensor in tensors))
+            return func(*args, **(kwargs or {}))
+
+    most = []
+    with Mode():
+        input = torch.empty(5, 17, dtype=dtype, device="meta")
+        torch.ops.safe_inplace.addcmul_(input, *torch.full((2,), 2, dtype=dtype), value=2)
+    assert most and max(most) <= 2
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, **dtype_ids)
@@ -181,10 +230,7 @@ def test_numbers(op, dtype, device):
         if "Scalar" not in kinds:
             continue
         for number, shape in itertools.product(numbers, [(5, 17), (), (0, 3)]):
-            operands = [
-                number if kind == "Scalar" else random_tensor(shape, dtype, device)
-                for kind in kinds
-            ]
+            operands = [number if kind == "Scalar" else random_tensor(shape, dtype, device) for kind in kinds]
             with noted(kinds, number, shape):
                 check(op, random_tensor(shape, dtype, device), *operands)
 
