@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -133,6 +134,68 @@ def sources(*patterns: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def shared_runtimes(compiler: list[str]) -> list[str]:
+    """The shared libstdc++ and libgcc of the compiler, to be linked by name: what they have, a compiler that links its own
+    copies statically (by -static-libstdc++, or because it was configured so) then no longer takes from those."""
+    found = []
+    for name in ("libstdc++.so.6", "libgcc_s.so.1"):
+        answer = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+        path = Path(answer.stdout.strip())
+        if path.is_absolute() and path.is_file():
+            found.append(str(path))
+    return found
+
+
+def require_libstdcxx(compiler: list[str]) -> None:
+    macros = subprocess.run(
+        [*compiler, "-std=c++20", "-dM", "-E", "-x", "c++", "-include", "version", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "_LIBCPP_VERSION" in macros.stdout:
+        stop(f"{compiler[0]} compiles for libc++, torch was built with libstdc++", "leave -stdlib=libc++ out")
+
+
+def require_shared_libstdcxx(library: Path) -> None:
+    """A second libstdc++ in the process mixes with torch's: the first message that streams a number ends in the middle, or
+    crashes. So the result of the link is read, whatever the flags that led to it."""
+    needed, defined = dynamic_names(library)
+    if "libstdc++.so.6" not in needed or any(re.match("_ZN?K?S[tao]", name) for name in defined):
+        library.unlink()
+        stop(
+            "the linker put a copy of libstdc++ into the extension, torch uses the shared one",
+            "name a compiler in CXX that links libstdc++.so.6, and leave -static-libstdc++ out",
+        )
+
+
+def dynamic_names(library: Path) -> tuple[list[str], list[str]]:
+    """Of a 64-bit ELF library: the libraries that it needs, and the global symbols that it defines (without weak ones: every
+    use of a template makes some)."""
+    data = library.read_bytes()
+    (table,) = struct.unpack_from("<Q", data, 0x28)
+    size, count = struct.unpack_from("<HH", data, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", data, table + i * size) for i in range(count)]
+
+    def entries(kind: int, layout: str):
+        for _, type, _, _, start, length, link, _, _, _ in sections:
+            if type == kind:
+                for entry in struct.iter_unpack(layout, data[start : start + length]):
+                    yield entry, sections[link][4]
+
+    def text(start: int) -> str:
+        return data[start : data.index(b"\0", start)].decode()
+
+    SHT_DYNAMIC, SHT_DYNSYM, DT_NEEDED, STB_GLOBAL, SHN_UNDEF = 6, 11, 1, 1, 0
+    needed = [text(names + value) for (tag, value), names in entries(SHT_DYNAMIC, "<qQ") if tag == DT_NEEDED]
+    defined = [
+        text(names + name)
+        for (name, info, _, section, _, _), names in entries(SHT_DYNSYM, "<IBBHQQ")
+        if info >> 4 == STB_GLOBAL and section != SHN_UNDEF
+    ]
+    return needed, defined
+
+
 def extension() -> tuple[Extension, type, dict[str, str | None]]:
     torch = import_torch()
     require_compiler()
@@ -194,6 +257,12 @@ def build_arguments() -> dict:
     class build_ext(build_extension):
         """Leaves a note beside the extension of what it was built for: it can be read where the extension cannot be
         loaded any more, under another torch."""
+
+        def build_extension(self, ext: Extension) -> None:
+            require_libstdcxx(self.compiler.compiler_cxx)
+            ext.extra_link_args += shared_runtimes(self.compiler.compiler_cxx)
+            super().build_extension(ext)
+            require_shared_libstdcxx(Path(self.get_ext_fullpath(ext.name)))
 
         def run(self) -> None:
             super().run()

@@ -155,3 +155,96 @@ class TestBuildThatCannotBeDone:
         nvcc.chmod(0o755)
         line = self.build(tmp_path, FORCE_CUDA="", CUDA_HOME=str(tmp_path))
         assert line.startswith("nvcc is of CUDA 9.2") and f"install the CUDA {torch.version.cuda} toolkit" in line
+
+
+class TestCompilerThatLinksItsOwnLibstdcxx:
+    """The build of setup.py, of one small file in place of csrc/."""
+
+    SOURCE = r"""
+#include <Python.h>
+
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
+
+namespace {
+
+PyObject* refuse(PyObject*, PyObject*) {
+  try {
+    TORCH_CHECK_VALUE(false, "shape ", c10::IntArrayRef({2, 3}), " and ", 0.5, " and the end");
+  } catch (const c10::Error& error) {
+    PyErr_SetString(PyExc_ValueError, error.what_without_backtrace());
+  }
+  return nullptr;
+}
+
+PyMethodDef functions[] = {{"refuse", refuse, METH_NOARGS, nullptr}, {}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+} // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  return PyModule_Create(&definition);
+}
+"""
+    PROGRAM = """
+import torch
+from safe_inplace import _C
+try:
+    _C.refuse()
+except ValueError as error:
+    assert str(error) == "shape [2, 3] and 0.5 and the end", error
+"""
+
+    def build(self, folder: Path, compiler: str) -> subprocess.CompletedProcess:
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, folder)
+        (folder / "safe_inplace").mkdir()
+        (folder / "safe_inplace" / "__init__.py").write_text("__version__ = '0'")
+        (folder / "csrc").mkdir()
+        (folder / "csrc" / "small.cpp").write_text(self.SOURCE)
+        wrapper = folder / "compiler"
+        wrapper.write_text(f"#!/bin/bash\n{compiler}\n")
+        wrapper.chmod(0o755)
+        return subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            env={**os.environ, "CXX": str(wrapper), "FORCE_CUDA": "0"},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def stopped(self, folder: Path, compiler: str) -> str:
+        result = self.build(folder, compiler)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert not list(folder.glob("**/_C*.so")), "what must not be imported was left behind"
+        return result.stderr.splitlines()[-1]
+
+    @pytest.mark.parametrize("flags", ["-static-libstdc++", "-static-libstdc++ -static-libgcc"])
+    def test_the_shared_one_is_used_and_a_message_arrives_whole(self, tmp_path, flags):
+        result = self.build(tmp_path, f'exec g++ {flags} "$@"')
+        assert result.returncode == 0, result.stderr
+        result = run_python("-c", self.PROGRAM, path=tmp_path)
+        assert result.returncode == 0, result.stderr
+
+    OWN = {
+        "nothing but its own": """
+arguments=()
+for argument; do [[ $argument == */libstdc++.so.6 ]] || arguments+=("$argument"); done
+exec g++ -static-libstdc++ "${arguments[@]}"
+""",
+        "parts of its own before the shared one": """
+[[ " $* " == *" -shared "* ]] || exec g++ "$@"
+exec g++ -Wl,-u,_ZNSt6localeC1Ev "$(g++ -print-file-name=libstdc++.a)" "$@"
+""",
+    }
+
+    @pytest.mark.parametrize("compiler", OWN.values(), ids=OWN.keys())
+    def test_a_copy_of_its_own_stops_the_build(self, tmp_path, compiler):
+        line = self.stopped(tmp_path, compiler)
+        assert line.startswith("safe_inplace cannot be built: the linker put a copy of libstdc++ into the extension, ")
+        assert "CXX" in line
+
+    def test_libcxx_stops_the_build(self, tmp_path):
+        line = self.stopped(tmp_path, 'exec g++ -D_LIBCPP_VERSION=14000 "$@"')
+        assert line.startswith("safe_inplace cannot be built: ") and "libc++" in line
