@@ -6,8 +6,8 @@
 #include "../digest_device.h"
 #include "../digest_mix.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SAFE_INPLACE_DIGEST_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
+#if defined(__x86_64__)
+#define SAFE_INPLACE_DIGEST_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define SAFE_INPLACE_DIGEST_CLONES
 #endif

@@ -1,5 +1,14 @@
 #if defined(__x86_64__)
+// Before the instruction set is chosen: what these define inline may be merged with other files' copies.
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=256")
+#endif
 #define SI_FMA
 #define SI_F16C
 #define SI_AVX512
@@ -14,4 +23,7 @@ constexpr RowTable table_avx512 = rows_for_avx512::make_table();
 extern const RowTable rows_avx512;
 const RowTable rows_avx512 = table_avx512;
 } // namespace safe_inplace
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif
