@@ -157,6 +157,19 @@ class TestBuildThatCannotBeDone:
         assert line.startswith("nvcc is of CUDA 9.2") and f"install the CUDA {torch.version.cuda} toolkit" in line
 
 
+COMPILERS_OF_A_COPY = {
+    "nothing but its own": """
+arguments=()
+for argument; do [[ $argument == */libstdc++.so.6 ]] || arguments+=("$argument"); done
+exec g++ -static-libstdc++ "${arguments[@]}"
+""",
+    "parts of its own before the shared one": """
+[[ " $* " == *" -shared "* ]] || exec g++ "$@"
+exec g++ -Wl,-u,_ZNSt6localeC1Ev "$(g++ -print-file-name=libstdc++.a)" "$@"
+""",
+}
+
+
 class TestCompilerThatLinksItsOwnLibstdcxx:
     """The build of setup.py, of one small file in place of csrc/."""
 
@@ -227,19 +240,7 @@ except ValueError as error:
         result = run_python("-c", self.PROGRAM, path=tmp_path)
         assert result.returncode == 0, result.stderr
 
-    OWN = {
-        "nothing but its own": """
-arguments=()
-for argument; do [[ $argument == */libstdc++.so.6 ]] || arguments+=("$argument"); done
-exec g++ -static-libstdc++ "${arguments[@]}"
-""",
-        "parts of its own before the shared one": """
-[[ " $* " == *" -shared "* ]] || exec g++ "$@"
-exec g++ -Wl,-u,_ZNSt6localeC1Ev "$(g++ -print-file-name=libstdc++.a)" "$@"
-""",
-    }
-
-    @pytest.mark.parametrize("compiler", OWN.values(), ids=OWN.keys())
+    @pytest.mark.parametrize("compiler", COMPILERS_OF_A_COPY.values(), ids=COMPILERS_OF_A_COPY.keys())
     def test_a_copy_of_its_own_stops_the_build(self, tmp_path, compiler):
         line = self.stopped(tmp_path, compiler)
         assert line.startswith("safe_inplace cannot be built: the linker put a copy of libstdc++ into the extension, ")
