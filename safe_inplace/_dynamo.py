@@ -4,10 +4,11 @@ Importing Dynamo takes as long as importing the rest of torch, and most programs
 imports it.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -33,14 +34,18 @@ class _Watcher(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _DYNAMO:
             return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(fullname, path, target)
+        # Whoever asks may only want to know, and the import may fail: the watch ends when Dynamo has run.
+        behind = list(itertools.dropwhile(lambda finder: finder is not self, sys.meta_path))[1:]
+        specs = (finder.find_spec(fullname, path, target) for finder in behind)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_tell(module: ModuleType) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             while _waiting:
                 function, traced = _waiting.pop()
                 torch.compiler.substitute_in_graph(function)(traced)

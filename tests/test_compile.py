@@ -548,6 +548,42 @@ IMPORTS = {
     "dynamo first": "import torch._dynamo, safe_inplace",
     "dynamo later": "import safe_inplace; assert 'torch._dynamo' not in sys.modules, 'import takes twice as long'",
     "dynamo by an optimizer": "import safe_inplace; torch.optim.SGD([torch.ones(1)])",
+    "looked for, then failing, then in threads, by another finder": """
+import importlib.util, safe_inplace, threading
+from importlib.machinery import PathFinder
+from importlib.abc import MetaPathFinder
+
+class Fails(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.startswith("torch._dynamo."):
+            raise ImportError("not yet")
+
+class Other(MetaPathFinder):
+    asked = 0
+
+    def find_spec(self, name, path, target=None):
+        if name == "torch._dynamo":
+            self.asked += 1
+            return PathFinder.find_spec(name, path, target)
+
+assert importlib.util.find_spec("torch._dynamo") is not None
+sys.meta_path.insert(0, Fails())
+try:
+    import torch._dynamo
+except ImportError as error:
+    assert str(error) == "not yet"
+else:
+    raise AssertionError("imported")
+sys.meta_path.pop(0)
+other = Other()
+sys.meta_path.insert(1, other)
+threads = [threading.Thread(target=importlib.import_module, args=["torch._dynamo"]) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert other.asked == 1
+""",
 }
 
 
