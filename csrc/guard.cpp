@@ -212,9 +212,11 @@ struct SavedObject {
   uint64_t number; // how many were saved before it
   uint32_t version;
   bool versioned;
-  bool parameter; // a leaf that requires grad, or a view of one
+  bool parameter; // a leaf that requires grad, an nn.Parameter that does not, or a view of one
+  bool leaf; // it came to the graph from outside: a parameter, a buffer, an input
   bool unread; // saved, but backward does not read it: running statistics of a batch norm that trains
   bool released; // the writer has been told, or the value is a private copy: later writes change nothing
+  bool lost; // overwritten, which `note` tells: backward is refused when it asks for it
   const void* unpacked_by; // the node
   long unpacked;
   std::optional<c10::OperatorName> op;
@@ -396,18 +398,53 @@ Object place_objects(const Place& place) {
       place.code ? Py_BuildValue("(Oi)", place.code.get(), place.instruction) : Py_BuildValue("(Oi)", Py_None, -1));
 }
 
-void ask_policy(
+Object ask_policy(
     PyObject* policy,
     const char* method,
     const std::vector<Object>& entries,
-    const c10::OperatorHandle& op) {
+    const c10::OperatorHandle& op,
+    bool update = false) {
   const auto list = checked(PyList_New(static_cast<Py_ssize_t>(entries.size())));
   for (size_t i = 0; i < entries.size(); ++i) {
     PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i), share(entries[i].get()).release());
   }
   const auto name = operator_name(op.operator_name());
   const auto place = place_objects(current_place());
-  checked(PyObject_CallMethod(policy, method, "OOO", list.get(), name.get(), place.get()));
+  return checked(PyObject_CallMethod(
+      policy, method, "OOOO", list.get(), name.get(), place.get(), update ? Py_True : Py_False));
+}
+
+// Its memory is about to be overwritten, or was: backward is refused when it asks for the value. The first write is the
+// one that counts.
+void note_loss(SavedObject* entry, PyObject* note) {
+  if (!entry->lost) {
+    entry->note = share(note);
+    entry->lost = entry->released = true;
+    entry->fingerprints.clear();
+  }
+}
+
+// Calls visit(entry, note) for each entry that the policy answered with a note; it answers None where it made none.
+template <class F>
+void each_note(const std::vector<Object>& entries, const Object& notes, const F& visit) {
+  if (notes.get() == Py_None) {
+    return;
+  }
+  const auto sequence = checked(PySequence_Fast(notes.get(), "a note, or None, for each value that is overwritten"));
+  TORCH_CHECK(PySequence_Fast_GET_SIZE(sequence.get()) == static_cast<Py_ssize_t>(entries.size()));
+  for (size_t i = 0; i < entries.size(); ++i) {
+    PyObject* note = PySequence_Fast_GET_ITEM(sequence.get(), static_cast<Py_ssize_t>(i));
+    if (note != Py_None) {
+      visit(entries[i], note);
+    }
+  }
+}
+
+// torch refuses to write to it, before anything is written: a leaf that requires grad, or a view of one, with grad mode on.
+bool refused_by_torch(const at::Tensor& tensor) {
+  const auto reached = tensor.key_set() - c10::impl::tls_local_dispatch_key_set().excluded_;
+  return at::GradMode::is_enabled() && tensor.requires_grad() && reached.has_any(c10::autograd_dispatch_keyset) &&
+      (tensor.is_leaf() || (tensor.is_view() && tensor._base().is_leaf()));
 }
 
 // A backward that runs for the last time may use the memory of its own saved values: nobody will ask for them again.
@@ -446,33 +483,42 @@ enum class Change { bytes, unannotated_bytes, layout };
 // The writes of one operator: judged before it runs, and once more after it.
 class Writes {
  public:
-  Writes(Running& entry, const OperatorFacts& facts, c10::ArrayRef<c10::IValue> arguments) : entry_(entry) {
+  explicit Writes(Running& entry) : entry_(entry) {}
+
+  void judge(const OperatorFacts& facts, c10::ArrayRef<c10::IValue> arguments) {
     const bool trains = !facts.only_if || arguments[*facts.only_if].toBool();
     look(facts.written, arguments, Change::bytes);
     look(facts.relaid, arguments, Change::layout);
     if (trains) {
       look(facts.unannotated, arguments, Change::unannotated_bytes);
     }
+    judged_ = true;
   }
 
   Writes(const Writes&) = delete;
   Writes& operator=(const Writes&) = delete;
 
   ~Writes() {
-    if (!neighbours_.empty()) {
-      pybind11::gil_scoped_acquire gil;
-      neighbours_.clear();
+    if (neighbours_.empty() && noted_.empty()) {
+      return;
     }
+    pybind11::gil_scoped_acquire gil;
+    if (judged_ && !refused_) {
+      note_losses(); // it failed half way: nobody knows what it has written
+    }
+    noted_.clear();
+    neighbours_.clear();
   }
 
   // What missed every saved byte may have raised a saved value's version all the same: torch counts versions for all
   // views of one base together, and refuses such a graph in backward.
   void finish() {
     const bool saved_inside = !entry_.targets.empty() && saved_so_far.load(std::memory_order_relaxed) != saved_before_;
-    if (neighbours_.empty() && !saved_inside) {
+    if (neighbours_.empty() && noted_.empty() && !saved_inside) {
       return;
     }
     pybind11::gil_scoped_acquire gil;
+    note_losses();
     std::vector<Object> raised;
     for (auto& [object, version] : neighbours_) {
       if (version_of(saved(object.get())->value) != version) {
@@ -489,6 +535,13 @@ class Writes {
   }
 
  private:
+  void note_losses() {
+    for (const auto& [object, note] : noted_) {
+      note_loss(saved(object.get()), note.get());
+    }
+    noted_.clear();
+  }
+
   void look(const std::vector<size_t>& positions, c10::ArrayRef<c10::IValue> arguments, Change change) {
     for (const size_t position : positions) {
       each_tensor(arguments[position], [&](const at::Tensor& tensor) { look_at(tensor, change); });
@@ -519,12 +572,14 @@ class Writes {
       entry_.statistics.insert(entry_.statistics.end(), extents.begin(), extents.end());
     }
     if (std::any_of(extents.begin(), extents.end(), [](const Extent& e) { return ledger().has(e.base); })) {
+      const bool refused = refused_by_torch(tensor);
+      refused_ = refused_ || refused;
       pybind11::gil_scoped_acquire gil;
-      compare(extents, change);
+      compare(extents, change, !saves || refused || change == Change::unannotated_bytes);
     }
   }
 
-  void compare(const std::vector<Extent>& extents, Change change) {
+  void compare(const std::vector<Extent>& extents, Change change, bool update) {
     PyObject* policy = current_policy();
     if (policy == nullptr) {
       return;
@@ -552,7 +607,10 @@ class Writes {
       }
     }
     if (!hits.empty()) {
-      ask_policy(policy, "_on_write", hits, entry_.op);
+      const auto notes = ask_policy(policy, "_on_write", hits, entry_.op, update);
+      each_note(hits, notes, [&](const Object& object, PyObject* note) {
+        noted_.emplace_back(share(object.get()), share(note));
+      });
     }
   }
 
@@ -576,6 +634,9 @@ class Writes {
   Running& entry_;
   const uint64_t saved_before_ = saved_so_far.load(std::memory_order_relaxed);
   std::vector<std::pair<Object, uint32_t>> neighbours_;
+  std::vector<std::pair<Object, Object>> noted_; // saved values that it overwrites with the policy's leave, and its notes
+  bool judged_ = false;
+  bool refused_ = false;
 };
 
 void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
@@ -587,7 +648,8 @@ void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::
     op.redispatchBoxed(below, stack);
     return;
   }
-  Writes writes(entry, facts, torch::jit::last(*stack, op.schema().arguments().size()));
+  Writes writes(entry);
+  writes.judge(facts, torch::jit::last(*stack, op.schema().arguments().size()));
   {
     const RunningScope scope(entry);
     op.redispatchBoxed(below, stack);
@@ -637,9 +699,15 @@ bool saved_by_training_batch_norm(const SavedObject* entry) {
   return false;
 }
 
+PyTypeObject* parameter_type = nullptr; // torch.nn.Parameter
+
 bool is_parameter(const at::Tensor& tensor) {
   const auto& base = tensor.is_view() ? tensor._base() : tensor;
-  return base.is_leaf() && base.requires_grad();
+  if (!base.is_leaf() || base.requires_grad()) {
+    return base.is_leaf();
+  }
+  const auto wrapped = checked(THPVariable_Wrap(base));
+  return PyType_IsSubtype(Py_TYPE(wrapped.get()), parameter_type) != 0;
 }
 
 PyObject* pack(PyObject*, PyObject* argument) {
@@ -662,6 +730,7 @@ PyObject* pack(PyObject*, PyObject* argument) {
   entry->versioned = counter.enabled();
   entry->version = entry->versioned ? counter.current_version() : 0;
   entry->parameter = is_parameter(tensor);
+  entry->leaf = entry->parameter || tensor.is_leaf();
   if (running != nullptr) {
     entry->op = running->op.operator_name();
     entry->unread = saved_by_training_batch_norm(entry);
@@ -671,7 +740,8 @@ PyObject* pack(PyObject*, PyObject* argument) {
     if (const auto* op = about_to_overwrite(entry)) {
       std::vector<Object> hit;
       hit.push_back(share(object.get()));
-      ask_policy(policy, "_on_write", hit, op->op);
+      const auto notes = ask_policy(policy, "_on_write", hit, op->op);
+      each_note(hit, notes, [&](const Object&, PyObject* note) { note_loss(entry, note); });
     }
     if (!entry->unread && !entry->released && flag_of(policy, "verify")) {
       entry->fingerprints = fingerprints_of(entry->value, policy);
@@ -689,7 +759,7 @@ PyObject* unpack(PyObject*, PyObject* argument) {
   TORCH_CHECK_TYPE(Py_TYPE(argument) == saved_type, "guard_unpack takes what guard_pack returned");
   auto* entry = saved(argument);
   entry->unpacked_by = torch::autograd::get_current_node().get();
-  if (stale(entry)) {
+  if (stale(entry) || entry->lost) {
     PyObject* policy = entry->policy.get();
     TORCH_CHECK(
         policy != nullptr,
@@ -710,7 +780,7 @@ PyObject* unpack(PyObject*, PyObject* argument) {
       }
     }
   }
-  ++entry->unpacked;
+  entry->unpacked += entry->unpacked_by != nullptr; // grad_fn._saved_self is no backward
   return THPVariable_Wrap(entry->value);
   END_HANDLE_TH_ERRORS
 }
@@ -791,6 +861,14 @@ PyObject* saved_get_stale(PyObject* self, void*) {
   return PyBool_FromLong(stale(saved(self)));
 }
 
+PyObject* saved_get_lost(PyObject* self, void*) {
+  return PyBool_FromLong(saved(self)->lost);
+}
+
+PyObject* saved_get_leaf(PyObject* self, void*) {
+  return PyBool_FromLong(saved(self)->leaf);
+}
+
 PyObject* saved_get_parameter(PyObject* self, void*) {
   return PyBool_FromLong(saved(self)->parameter);
 }
@@ -825,6 +903,8 @@ PyGetSetDef saved_attributes[] = {
     {"place", saved_get_place, nullptr, nullptr, nullptr},
     {"unread", saved_get_unread, nullptr, nullptr, nullptr},
     {"stale", saved_get_stale, nullptr, nullptr, nullptr},
+    {"lost", saved_get_lost, nullptr, nullptr, nullptr},
+    {"leaf", saved_get_leaf, nullptr, nullptr, nullptr},
     {"parameter", saved_get_parameter, nullptr, nullptr, nullptr},
     {"version", saved_get_version, nullptr, nullptr, nullptr},
     {"unpacked", saved_get_unpacked, nullptr, nullptr, nullptr},
@@ -915,6 +995,14 @@ PyObject* set_user_code(PyObject*, PyObject* predicate) {
   Py_RETURN_NONE;
 }
 
+PyObject* set_parameter_type(PyObject*, PyObject* type) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(PyType_Check(type), "guard_parameter_type takes a class");
+  Py_XSETREF(parameter_type, reinterpret_cast<PyTypeObject*>(Py_NewRef(type)));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* share_memory(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(
@@ -934,6 +1022,7 @@ PyMethodDef functions[] = {
     {"guard_pack", pack, METH_O, nullptr},
     {"guard_unpack", unpack, METH_O, nullptr},
     {"guard_user_code", set_user_code, METH_O, nullptr},
+    {"guard_parameter_type", set_parameter_type, METH_O, nullptr},
     {"guard_overlap", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(share_memory)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from .guard import HazardError, guard
+from .guard import _MODES, HazardError, guard
 
 _GUARD = guard.__init__.__code__.co_filename
 
@@ -22,14 +22,15 @@ def _wants_color(stream: Any) -> bool:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.usage = (
-        "python -m safe_inplace run [--on-hazard {raise,warn,copy}] [--verify] [--json FILE] "
+        "python -m safe_inplace run [--on-hazard {raise,warn,copy,defer}] [--verify] [--json FILE] "
         "(script.py | -m module) [arguments of the program ...]"
     )
     command.add_argument(
         "--on-hazard",
-        choices=("raise", "warn", "copy"),
+        choices=tuple(_MODES),
         default="raise",
-        help="stop at the first hazard (raise, the default), only tell (warn), or repair each by a copy (copy)",
+        help="stop at the first hazard (raise, the default), only tell (warn), repair each by a copy (copy), or stop where "
+        "backward asks for a value that was overwritten (defer)",
     )
     command.add_argument("--verify", action="store_true", help="also find writes that no operator declares")
     command.add_argument("--json", metavar="FILE", help="write what was found to FILE, for machines")

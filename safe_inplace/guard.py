@@ -7,6 +7,7 @@ a hazard means, what to tell the user, and what to copy.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import linecache
 import os
@@ -14,12 +15,13 @@ import sys
 import sysconfig
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import CodeType, FrameType, TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -30,7 +32,7 @@ from ._rewrite import Rewritten, out_of_place
 
 __all__ = ["HazardError", "HazardWarning", "Site", "guard"]
 
-OnHazard = Literal["raise", "warn", "copy"]
+OnHazard = Literal["raise", "warn", "copy", "defer"]
 Kind = Literal["overwritten", "version", "unseen", "corrupted"]
 Place = tuple[CodeType | None, int]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,6 +69,7 @@ def _is_user_code(code: CodeType) -> bool:
 
 
 _C.guard_user_code(_is_user_code)
+_C.guard_parameter_type(torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -136,19 +139,17 @@ class Hazard:
     rewritten: Rewritten = field(default_factory=Rewritten)
     unread: bool = False  # saved, but backward would be right without it
     by: Literal["optimizer", "ddp"] | None = None  # the part of torch that wrote, where it is one of these
+    late: bool = False  # found when backward asked for the value, not at the write
     count: int = 0
     bytes_copied: int = 0
+    told: bool = False  # by a warning
+    buffer: bool | None = None  # the value lies in a buffer of a module; None: not asked
 
     @property
     def remedies(self) -> list[str]:
         write = self.mutation.source if self.mutation else ""
         op = (self.op or "").removeprefix("aten.").split(".")[0]
         advice: list[str] = []
-        if self.used:
-            advice.append(
-                "The graph has been through backward(retain_graph=True) already: where it is not needed again, drop "
-                "retain_graph and the saved value goes with it."
-            )
         if self.kind == "corrupted":
             return [
                 "Look between the save and backward for what writes without telling torch: NumPy or DLPack aliases, raw "
@@ -162,6 +163,11 @@ class Hazard:
                 "Save a value of its own: clone() at the line of the save.",
             ]
         update = self.by == "optimizer" or self.rewritten.parameter
+        if self.used and not self.late:
+            advice.append(
+                "The graph has been through backward already: where nothing goes through it again, drop what keeps it (its "
+                "outputs, its loss) before this write."
+            )
         if op == "embedding_renorm_":
             advice.append(
                 "max_norm rescales the weight in place at every lookup: look up before the weight is used, or use a clone() "
@@ -191,6 +197,7 @@ class Hazard:
             advice.append(f"What runs here writes with {op}(): use its out-of-place form, {op[:-1]}() (a module: inplace=False).")
         else:
             advice.append("Write to memory that nothing has saved: a clone(), or a new tensor.")
+        saving = f" ({self.save.filename.rpartition(os.sep)[2]}:{self.save.lineno})" if self.save else ""
         if self.unread:
             advice.append(
                 "Backward does not read the running statistics that batch norm in train mode saved: torch refuses by the "
@@ -201,8 +208,12 @@ class Hazard:
                 "The saved bytes are intact: torch counts versions for all views of one tensor together. Save a clone() "
                 "of the view, or collect the parts in a list and torch.stack them."
             )
-        elif not update and self.mutation != self.save:
-            saving = f" ({self.save.filename.rpartition(os.sep)[2]}:{self.save.lineno})" if self.save else ""
+        elif update:
+            advice.append(
+                f"Where no gradient is to flow through the save{saving}, compute it under torch.no_grad(), detach() its "
+                "result, or drop the outputs that are kept."
+            )
+        elif self.mutation != self.save:
             advice.append(
                 f"Or move the write before the save{saving}, or save a clone() there; detach() what needs no gradient."
             )
@@ -217,12 +228,13 @@ class Hazard:
         def paint(code: str, words: str) -> str:
             return f"\x1b[{code}m{words}\x1b[0m" if color else words
 
+        modified = "one of the variables needed for gradient computation has been modified by an inplace operation"
         headline = {
-            "overwritten": "a value needed for gradient computation is about to be modified by an inplace operation",
-            "version": "one of the variables needed for gradient computation has been modified by an inplace operation "
-            "(its version alone: backward would be right)",
-            "unseen": "one of the variables needed for gradient computation has been modified by an inplace operation "
-            "that ran outside the guard",
+            "overwritten": modified
+            if self.late
+            else "a value needed for gradient computation is about to be modified by an inplace operation",
+            "version": f"{modified} (its version alone: backward would be right)",
+            "unseen": f"{modified} that ran outside the guard",
             "corrupted": "a value needed for gradient computation changed, and no operator says that it wrote it",
         }[self.kind]
         lines = [paint("1;31", headline), ""]
@@ -292,7 +304,8 @@ class _Report(Exception):
 
 
 class HazardError(_Report, RuntimeError):
-    """A write would destroy (or, found in backward: has destroyed) a value that autograd saved.
+    """A write would destroy (or, found in backward: has destroyed) a value that autograd saved. Nothing has been written
+    where it is raised at the write; in backward, nothing has been computed from the value.
 
     ``mutation`` and ``save`` are the two lines, each a :class:`Site`; ``op`` wrote, ``saved_by`` saved; ``shape``,
     ``dtype`` and ``device`` are the saved value's. ``mutation`` and ``op`` are None where nothing saw the write.
@@ -455,6 +468,153 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from _parts(getattr(tensor, name))
 
 
+# ---- what a guard does about it
+
+# What is known of a write, made while it runs and kept with the value until backward asks for it: no frame, no tensor.
+_Note: TypeAlias = "tuple[tuple[Any, ...], Hazard]"
+# What to report where the tensor, which stays on its device, is true.
+_Compared: TypeAlias = "tuple[_Note, torch.Tensor]"
+
+
+class _Raise:
+    """What each event leads to. This one stops at the write, or, where correct programs write day after day, in the
+    backward that asks for the value."""
+
+    def write(
+        self, watch: guard, entries: list[_C.Saved], op: str, place: Place, update: bool
+    ) -> list[_Note | None] | None:
+        """These values are about to be overwritten; each with a note is refused to backward once they are. `update` tells a
+        write that no gradient flows through: under no_grad, or by a batch norm to its statistics."""
+        notes: list[_Note | None] = []
+        for entry in entries:
+            note = watch._note("overwritten", entry, op, place)
+            if not _may_be_for_good(entry, note, update):
+                raise HazardError(watch._found(note, entry))
+            notes.append(note)
+        return notes
+
+    def version(self, watch: guard, entries: list[_C.Saved], op: str, place: Place) -> None:
+        """The version of these values rose, their bytes are as they were."""
+        for entry in entries:
+            if entry.note is None:
+                entry.note = watch._note("version", entry, op, place)
+
+    def asked(self, watch: guard, saved: _C.Saved) -> None:
+        """Backward asks for a value that was overwritten, or whose version rose: what plain torch refuses."""
+        raise HazardError(watch._found(_late(watch, saved), saved))
+
+    def corrupted(self, watch: guard, hazard: Hazard) -> None:
+        """Backward asks for a value whose bytes are not what they were, or has asked for it."""
+        raise HazardError(hazard)
+
+
+class _Defer(_Raise):
+    """Stops in the backward that asks for the value, whatever was written."""
+
+    def write(
+        self, watch: guard, entries: list[_C.Saved], op: str, place: Place, update: bool
+    ) -> list[_Note | None] | None:
+        return [watch._note("overwritten", entry, op, place) for entry in entries]
+
+
+class _Warn(_Raise):
+    """Tells where _Raise would stop, and leaves the rest to torch."""
+
+    def write(
+        self, watch: guard, entries: list[_C.Saved], op: str, place: Place, update: bool
+    ) -> list[_Note | None] | None:
+        notes: list[_Note | None] = []
+        told: set[int] = set()
+        for entry in entries:
+            note = watch._note("overwritten", entry, op, place)
+            waits = _may_be_for_good(entry, note, update)
+            notes.append(note if waits else None)
+            if not waits:
+                entry.note = note
+                entry.release()
+                if id(note[1]) not in told:
+                    told.add(id(note[1]))
+                    watch._warn(watch._found(note, entry))
+        return notes
+
+    def asked(self, watch: guard, saved: _C.Saved) -> None:
+        note = _late(watch, saved)
+        hazard = None if saved.lost or note[0][0] != "overwritten" else watch._known(note)
+        if hazard is None:
+            hazard = watch._found(note, saved)
+            watch._warn(hazard)
+        if saved.stale:
+            raise HazardError(hazard)
+
+    def corrupted(self, watch: guard, hazard: Hazard) -> None:
+        watch._warn(hazard)
+
+
+class _Copy(_Raise):
+    """Copies what is about to be lost."""
+
+    def write(
+        self, watch: guard, entries: list[_C.Saved], op: str, place: Place, update: bool
+    ) -> list[_Note | None] | None:
+        copied: dict[tuple[Any, ...], torch.Tensor] = {}
+        pairs: dict[int, tuple[_Note, _C.Saved, int]] = {}
+        for entry in entries:
+            if entry.stale:
+                continue  # lost before this guard could see it: a copy would hide that from backward
+            note = watch._note("overwritten", entry, op, place)
+            nbytes, before = _nbytes(entry.value), len(copied)
+            entry.replace(_private_copy(entry.value, copied))
+            _, first, so_far = pairs.get(id(note[1]), (note, entry, 0))
+            pairs[id(note[1])] = (note, first, so_far + (nbytes if len(copied) > before else 0))
+        for note, entry, nbytes in pairs.values():
+            watch._found(note, entry, nbytes)
+        return None
+
+    def version(self, watch: guard, entries: list[_C.Saved], op: str, place: Place) -> None:
+        for entry in entries:
+            watch._found(watch._note("version", entry, op, place), entry)
+            entry.accept()
+
+
+_MODES: dict[str, _Raise] = {"raise": _Raise(), "warn": _Warn(), "copy": _Copy(), "defer": _Defer()}
+
+
+def _may_be_for_good(entry: _C.Saved, note: _Note, update: bool) -> bool:
+    """Correct programs overwrite such values day after day, since nothing goes backward through them any more: those of a
+    graph that has been through backward already, and parameters and buffers, by an update."""
+    if entry.unpacked > 0 or entry.parameter or (update and entry.leaf):
+        return True
+    if not entry.leaf:
+        return False
+    hazard = note[1]
+    if hazard.buffer is None:
+        hazard.buffer = _is_buffer(entry.value)
+    return hazard.buffer
+
+
+def _is_buffer(value: torch.Tensor) -> bool:
+    """Whether it lies in a buffer of some module. Nothing in a tensor tells, so all modules are asked, once for two lines."""
+    if value.layout != torch.strided or type(value) is not torch.Tensor:
+        return False
+    memory = value.untyped_storage().data_ptr()
+    modules = [one for one in gc.get_objects() if issubclass(type(one), torch.nn.Module)]
+    return any(
+        type(buffer) is torch.Tensor and buffer.layout == torch.strided and buffer.untyped_storage().data_ptr() == memory
+        for module in modules
+        for buffer in module.__dict__.get("_buffers", {}).values()
+    )
+
+
+def _late(watch: guard, saved: _C.Saved) -> _Note:
+    """The note that was made at the write, as it reads in backward."""
+    if saved.note is None:
+        return watch._note("unseen", saved, None, (None, -1))
+    key, hazard = saved.note
+    if key[0] == "overwritten" and saved.lost:
+        hazard = replace(hazard, late=True)
+    return key, hazard
+
+
 _entered = threading.local()
 
 
@@ -469,7 +629,10 @@ class guard:
     Args:
         on_hazard: ``"raise"`` raises :class:`HazardError` at the write, before anything is written. ``"warn"`` issues a
             :class:`HazardWarning` once per pair of lines and lets torch go on as ever. ``"copy"`` copies the saved value,
-            and only it, just before the write: backward is then right.
+            and only it, just before the write: backward is then right. ``"defer"`` is silent at the write and raises, with
+            both lines, in the backward that asks for the value. ``"raise"`` and ``"warn"`` wait for that backward as well
+            where correct programs write day after day: where a parameter is written, or a value of a graph that has been
+            through a backward already.
         verify: also fingerprint each saved tensor, and compare before backward uses it. Finds writes that no operator
             declares: NumPy, raw pointers, kernels that write where they should not.
 
@@ -492,13 +655,14 @@ class guard:
     """
 
     def __init__(self, on_hazard: OnHazard = "raise", verify: bool = False) -> None:
-        if on_hazard not in ("raise", "warn", "copy"):
-            raise ValueError(f'guard: on_hazard must be "raise", "warn" or "copy", got {on_hazard!r}')
+        if on_hazard not in _MODES:
+            raise ValueError(f'guard: on_hazard must be "raise", "warn", "copy" or "defer", got {on_hazard!r}')
         self.on_hazard = on_hazard
         self.verify = verify
         self._lock = threading.Lock()
         self._hazards: dict[tuple[Any, ...], Hazard] = {}
-        self._pending: list[tuple[Hazard, torch.Tensor]] = []
+        self._described: dict[tuple[Any, ...], Hazard] = {}
+        self._passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
 
     # -- as a context manager and decorator
 
@@ -525,10 +689,14 @@ class guard:
         _C.guard_exit(here[-1] if here else None, inside)
 
     def __call__(self, function: F) -> F:
-        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        if any(
+            suspends(code)
+            for code in (function, getattr(function, "__call__", None))  # noqa: B004
+            for suspends in (inspect.iscoroutinefunction, inspect.isgeneratorfunction)
+        ):
             raise TypeError(
-                f"guard: {function.__qualname__} suspends, and the guard would then hold for whatever else the thread "
-                "runs; use `with guard():` around the code between two suspensions"
+                f"guard: {getattr(function, '__qualname__', function)} suspends, and the guard would then hold for whatever "
+                "else the thread runs; use `with guard():` around the code between two suspensions"
             )
 
         @functools.wraps(function)
@@ -580,86 +748,53 @@ class guard:
 
     # -- called from csrc/guard.cpp
 
-    def _on_write(self, saved: list[_C.Saved], op: str, place: Place) -> None:
+    def _on_write(
+        self, saved: list[_C.Saved], op: str, place: Place, update: bool
+    ) -> list[_Note | None] | None:
         """`op` at `place` is about to overwrite these saved values."""
-        by_hazard: dict[int, tuple[Hazard, list[_C.Saved]]] = {}
-        for entry in saved:
-            if self.on_hazard == "copy" and entry.stale:
-                continue  # lost before this guard could see it: a copy would hide that from backward
-            hazard = self._find("overwritten", entry, op, place)
-            by_hazard.setdefault(id(hazard), (hazard, []))[1].append(entry)
-        copied: dict[tuple[Any, ...], torch.Tensor] = {}
-        for hazard, entries in by_hazard.values():
-            hazard.count += 1
-            if self.on_hazard == "copy":
-                for entry in entries:
-                    nbytes, before = _nbytes(entry.value), len(copied)
-                    entry.replace(_private_copy(entry.value, copied))
-                    hazard.bytes_copied += nbytes if len(copied) > before else 0
-            elif self.on_hazard == "raise":
-                raise HazardError(hazard)
-            else:
-                for entry in entries:
-                    entry.note = (op, place)
-                    entry.release()
-                self._warn(hazard)
+        return _MODES[self.on_hazard].write(self, saved, op, place, update)
 
-    def _on_version(self, saved: list[_C.Saved], op: str, place: Place) -> None:
+    def _on_version(self, saved: list[_C.Saved], op: str, place: Place, update: bool) -> None:
         """`op` at `place` raised the version of these saved values and left their bytes as they were."""
-        for entry in saved:
-            if self.on_hazard == "copy":
-                self._find("version", entry, op, place).count += 1
-                entry.accept()
-            elif entry.note is None:
-                entry.note = (op, place)
+        _MODES[self.on_hazard].version(self, saved, op, place)
 
     def _on_stale(self, saved: _C.Saved) -> None:
-        """Backward asks for a value whose version has changed: what plain torch refuses."""
-        op, place = saved.note or (None, (None, -1))
-        hazard = self._hazards.get(_key("overwritten", saved, place))
-        if hazard is None:
-            hazard = self._find("unseen" if saved.note is None else "version", saved, op, place)
-            hazard.count += 1
-            if self.on_hazard == "warn":
-                self._warn(hazard)
-        raise HazardError(hazard)
+        """Backward asks for a value that was overwritten, or whose version has changed."""
+        _MODES[self.on_hazard].asked(self, saved)
 
     def _on_mismatch(self, saved: _C.Saved) -> None:
         """Backward asks for a value whose bytes have changed."""
-        hazard = self._find("corrupted", saved, None, (None, -1))
-        hazard.count += 1
+        hazard = self._found(self._note("corrupted", saved, None, (None, -1)), saved)
         if self.on_hazard == "warn":
             saved.release()
-            self._warn(hazard)
-        else:
-            raise HazardError(hazard)
+        _MODES[self.on_hazard].corrupted(self, hazard)
 
     def _compare(self, saved: _C.Saved, then: torch.Tensor, now: torch.Tensor) -> None:
         """The same on a device that works on its own: asked once, when backward is through, not at every value."""
-        self._pending.append((self._describe("corrupted", saved, None, (None, -1)), then != now))
-        if torch._C._current_graph_task_id() == -1:
-            self._settle()
-        elif len(self._pending) == 1:
-            torch.autograd.Variable._execution_engine.queue_callback(self._settle)
+        key, described = self._note("corrupted", saved, None, (None, -1))
+        result = ((key, replace(described, **_value_of(saved))), then != now)
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            self._settle(_Pass([result]))
+            return
+        with self._lock:
+            running = self._passes.get(task)
+            if running is not None:
+                running.results.append(result)
+                return
+            running = self._passes[task] = _Pass([result])
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._settle, running))
 
-    def _settle(self) -> None:
-        pending, self._pending = self._pending, []
-        by_device: dict[torch.device, list[tuple[Hazard, torch.Tensor]]] = {}
-        for hazard, differs in pending:
-            by_device.setdefault(differs.device, []).append((hazard, differs))
+    def _settle(self, through: _Pass) -> None:
+        by_device: dict[torch.device, list[_Compared]] = {}
+        for result in through.results:
+            by_device.setdefault(result[1].device, []).append(result)
         found: list[Hazard] = []
         for group in by_device.values():
             flags = torch.stack([differs for _, differs in group]).tolist()
-            found += [hazard for (hazard, _), differs in zip(group, flags, strict=True) if differs]
-        counted = []
+            found += [self._found(note) for (note, _), differs in zip(group, flags, strict=True) if differs]
         for hazard in found:
-            known = self._hazards.setdefault((hazard.kind, hazard.save, hazard.saved_by, hazard.shape), hazard)
-            known.count += 1
-            counted.append(known)
-        if counted and self.on_hazard != "warn":
-            raise HazardError(counted[0])
-        for hazard in counted:
-            self._warn(hazard)
+            _MODES[self.on_hazard].corrupted(self, hazard)
 
     @staticmethod
     def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -675,7 +810,6 @@ class guard:
     # -- the rest
 
     def _describe(self, kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
-        value = saved.value
         save, mutation = _site(saved.place), _site(place)
         frame, by = _writer(place[0])
         rewritten = Rewritten(parameter=saved.parameter)
@@ -683,42 +817,75 @@ class guard:
             rewritten = out_of_place(
                 mutation.source, mutation.columns, op.partition("::")[2].split(".")[0], frame
             )
-        saved_by = saved.op and _short(saved.op)
-        if saved_by is None:
-            # No operator was running: an autograd.Function, named as the line that called it does.
-            saved_by = save.expression.split("(")[0] if save else "autograd.Function"
         return Hazard(
             kind,
             mutation,
             save,
             op and _short(op),
-            saved_by,
-            _shape(value),
-            value.dtype,
-            value.device,
-            _nbytes(value),
+            **_value_of(saved),
             used=saved.unpacked > 0 and kind in ("overwritten", "version"),
             rewritten=rewritten,
             unread=saved.unread,
             by=by,
         )
 
-    def _find(self, kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
-        key = _key(kind, saved, place)
+    def _note(self, kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> _Note:
+        """What happened between two lines is described once, while the frame that writes still runs."""
+        key = (kind, place, saved.place)
+        hazard = self._described.get(key)
+        if hazard is None:
+            hazard = self._described.setdefault(key, self._describe(kind, saved, op, place))
+        return key, hazard
+
+    def _known(self, note: _Note) -> Hazard | None:
+        return self._hazards.get(note[0])
+
+    def _found(self, note: _Note, saved: _C.Saved | None = None, bytes_copied: int = 0) -> Hazard:
+        """It is a hazard: listed from now on, with the first value that it befell, and counted."""
+        key, described = note
         with self._lock:
             hazard = self._hazards.get(key)
             if hazard is None:
-                hazard = self._hazards[key] = self._describe(kind, saved, op, place)
+                hazard = replace(described, **_value_of(saved)) if saved is not None else described
+                self._hazards[key] = hazard
+            hazard.count += 1
+            hazard.bytes_copied += bytes_copied
         return hazard
 
     def _warn(self, hazard: Hazard) -> None:
-        if hazard.count > 1:
-            return
+        with self._lock:
+            if hazard.told:
+                return
+            hazard.told = True
         site = hazard.mutation or hazard.save
         if site is None:
             warnings.warn(HazardWarning(hazard), stacklevel=2)
         else:
             warnings.warn_explicit(HazardWarning(hazard), None, site.filename, site.lineno)
+
+
+@dataclass
+class _Pass:
+    """What verify has compared in one backward pass. The engine's callback alone holds it: a pass that fails takes it along."""
+
+    results: list[_Compared]
+
+
+def _value_of(saved: _C.Saved) -> dict[str, Any]:
+    """The fields of a hazard that tell of the value."""
+    value = saved.value
+    saved_by = saved.op and _short(saved.op)
+    if saved_by is None:
+        # No operator was running: an autograd.Function, named as the line that called it does.
+        save = _site(saved.place)
+        saved_by = save.expression.split("(")[0] if save else "autograd.Function"
+    return {
+        "saved_by": saved_by,
+        "shape": _shape(value),
+        "dtype": value.dtype,
+        "device": value.device,
+        "nbytes": _nbytes(value),
+    }
 
 
 def _writer(code: CodeType | None) -> tuple[FrameType | None, Literal["optimizer", "ddp"] | None]:
@@ -753,10 +920,6 @@ def _nbytes(value: torch.Tensor) -> int:
     if value.layout == torch.jagged:
         return value.values().nbytes
     return value.numel() * value.element_size()
-
-
-def _key(kind: str, saved: _C.Saved, place: Place) -> tuple[Any, ...]:
-    return (kind, place, saved.place)
 
 
 def _private_copy(value: torch.Tensor, copied: dict[tuple[Any, ...], torch.Tensor]) -> torch.Tensor:

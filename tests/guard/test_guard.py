@@ -330,9 +330,11 @@ def test_a_backward_may_use_the_memory_it_alone_saved():
         Reuse.apply(x).sum().backward()
         assert torch.equal(x.grad, 2 * x)
         y = Reuse.apply(x).sum()
-        with pytest.raises(HazardError):
-            y.backward(retain_graph=True)
-    assert watched.hazards_seen == 1
+        y.backward(retain_graph=True)
+        assert watched.hazards_seen == 0
+        with pytest.raises(HazardError) as caught:
+            y.backward()
+    assert watched.hazards_seen == 1 and "mul_(grad)" in caught.value.mutation.source
 
 
 def test_gradient_accumulation_and_double_backward():
@@ -496,7 +498,7 @@ def test_digests_of_a_device_are_compared_once_when_backward_is_through(monkeypa
             lambda grad: [watched._compare(saved, torch.tensor(1), torch.tensor(1)) for _ in range(3)] and None
         )
         settle = watched._settle
-        monkeypatch.setattr(watched, "_settle", lambda: (settled.append(len(watched._pending)), settle()))
+        monkeypatch.setattr(watched, "_settle", lambda through: (settled.append(len(through.results)), settle(through)))
         y.sum().backward()
         hook.remove()
         assert settled == [3]
@@ -505,6 +507,51 @@ def test_digests_of_a_device_are_compared_once_when_backward_is_through(monkeypa
         y.register_hook(lambda grad: watched._compare(saved, torch.tensor(1), torch.tensor(2)))
         with pytest.raises(HazardError):
             y.sum().backward()
+
+
+def test_a_backward_that_fails_leaves_nothing_for_the_next():
+    one, two = torch.tensor(1), torch.tensor(2)
+
+    def fail(grad):
+        raise ValueError
+
+    x = leaf(3)
+    with guard(verify=True) as watched:
+        for _ in range(2):
+            h = x * 1
+            y = h.exp()
+            y.register_hook(lambda grad, saved=y.grad_fn._raw_saved_result.data: watched._compare(saved, one, two))
+            h.register_hook(fail)
+            with pytest.raises(ValueError):
+                y.sum().backward()
+        assert watched.hazards == [] and not watched._passes
+        for differs in (one, two):
+            y = x.exp()
+            y.register_hook(lambda grad, saved=y.grad_fn._raw_saved_result.data: watched._compare(saved, one, differs))
+            with contextlib.nullcontext() if differs is one else pytest.raises(HazardError):
+                y.sum().backward()
+        assert watched.hazards_seen == 1
+
+
+def test_passes_inside_of_passes_are_settled_each_by_itself():
+    one, two = torch.tensor(1), torch.tensor(2)
+    x = leaf(3)
+    with guard("warn", verify=True) as watched:
+        inner = x.exp()
+        within = inner.grad_fn._raw_saved_result.data
+        inner.register_hook(lambda grad: watched._compare(within, one, one))
+        y = x.sin()
+        saved = y.grad_fn._raw_saved_self.data
+
+        def inside(grad):
+            watched._compare(saved, one, two)
+            inner.backward(torch.ones(3))
+            assert watched.hazards == []
+
+        y.register_hook(inside)
+        with pytest.warns(HazardWarning):
+            y.sum().backward()
+        assert watched.hazards_seen == 1
 
 
 # ---- digest
@@ -709,8 +756,8 @@ def test_optimizer_writes_are_named_at_the_users_step():
         with guard():
             linear(leaf(2, 3)).sum().backward()
             kept = linear(leaf(2, 3))
+            optimizer.step()
             with pytest.raises(HazardError) as caught:
-                optimizer.step()
-            del kept
+                kept.sum().backward()
         assert caught.value.mutation.source == "optimizer.step()"
         assert "Run backward() before this step" in caught.value.remedies[0]
