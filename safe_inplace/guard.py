@@ -14,9 +14,10 @@ import os
 import sys
 import sysconfig
 import threading
+import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -699,6 +700,9 @@ class guard:
                 "else the thread runs; use `with guard():` around the code between two suspensions"
             )
 
+        if inspect.isasyncgenfunction(function):
+            return _watched_steps(self, function)  # type: ignore[return-value]
+
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             with self:
@@ -886,6 +890,43 @@ def _value_of(saved: _C.Saved) -> dict[str, Any]:
         "device": value.device,
         "nbytes": _nbytes(value),
     }
+
+
+def _watched_steps(watch: guard, function: Callable[..., AsyncGenerator[Any, Any]]) -> Callable[..., AsyncGenerator[Any, Any]]:
+    """An async generator, watched while its own code runs: where it waits or has yielded, the thread runs other things."""
+
+    @types.coroutine
+    def watched(step: Any) -> Generator[Any, Any, Any]:
+        resume: Callable[[], Any] = functools.partial(step.send, None)
+        while True:
+            try:
+                with watch:
+                    waiting_for = resume()
+            except StopIteration as done:
+                return done.value
+            try:
+                resume = functools.partial(step.send, (yield waiting_for))
+            except BaseException as error:
+                resume = functools.partial(step.throw, error)
+
+    @functools.wraps(function)
+    async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        steps = function(*args, **kwargs)
+        try:
+            step: Any = steps.asend(None)
+            while True:
+                try:
+                    item = await watched(step)
+                except StopAsyncIteration:
+                    return
+                try:
+                    step = steps.asend((yield item))
+                except Exception as error:
+                    step = steps.athrow(error)
+        finally:
+            await watched(steps.aclose())
+
+    return guarded
 
 
 def _writer(code: CodeType | None) -> tuple[FrameType | None, Literal["optimizer", "ddp"] | None]:

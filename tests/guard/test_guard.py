@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import threading
+import types
 import weakref
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import safe_inplace
 from safe_inplace import HazardError, HazardWarning, guard
+from safe_inplace._C import guard_current
 
 HOOKED = "modified by an inplace operation"
 
@@ -652,6 +654,79 @@ def test_decorator():
         @guard()
         def generator():
             yield
+
+
+def drive(coroutine):
+    """Runs it without an event loop; what it awaits is told, and answered with None."""
+    waited = []
+    while True:
+        try:
+            waited.append(coroutine.send(None))
+        except StopIteration:
+            return waited
+
+
+def test_an_async_generator_is_watched_where_its_own_code_runs():
+    @types.coroutine
+    def wait():
+        yield "waiting"
+
+    closed = []
+
+    @guard()
+    async def steps():
+        try:
+            for factor in (1.0, 2.0):
+                x = leaf(3)
+                h = x * factor
+                await wait()
+                got = yield h * h
+                assert got == "sent"
+                try:
+                    h.mul_(3)
+                except HazardError:
+                    closed.append("refused")
+        finally:
+            closed.append("closed")
+
+    async def run():
+        running = steps()
+        y = await running.asend(None)
+        assert guard_current() is None
+        y.sum().backward()
+        y = await running.asend("sent")  # its graph is gone, h may be written
+        await running.asend("sent")
+
+    with pytest.raises(StopAsyncIteration):
+        coroutine = run()
+        while coroutine.send(None) == "waiting":
+            assert guard_current() is None
+    assert closed == ["refused", "closed"]
+
+
+def test_an_async_generator_passes_on_what_is_thrown_and_is_closed():
+    seen = []
+
+    @guard()
+    async def steps():
+        try:
+            while True:
+                try:
+                    yield guard_current() is not None
+                except ValueError as error:
+                    seen.append(error)
+        finally:
+            seen.append(guard_current() is not None)
+
+    async def run():
+        running = steps()
+        assert await running.asend(None)
+        error = ValueError()
+        assert await running.athrow(error)
+        await running.aclose()
+        assert seen == [error, True]
+
+    assert drive(run()) == []
 
 
 def test_guards_of_two_threads_do_not_mix():
