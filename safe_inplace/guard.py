@@ -669,6 +669,12 @@ class guard:
 
     def __enter__(self) -> guard:
         _let_higher_order_operators_pass()
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None and hooks[0] is not _C.guard_pack:
+            _say_once(
+                "hooks around",
+                "safe_inplace.guard: the saved-tensor hooks around the guard are not called for what is saved inside of it.",
+            )
         _C.guard_enter(self)
         _torch_patches.enter()
         _open_here().append(self)

@@ -287,6 +287,17 @@ def test_other_hooks_are_said_once(monkeypatch):
     assert enter.__module__ == "torch.autograd.graph"
 
 
+def test_hooks_around_a_guard_are_said_once(monkeypatch):
+    monkeypatch.setattr(sys.modules["safe_inplace.guard"], "_said", set())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        for times in (1, 0):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with guard(), guard():
+                    leaf(3).exp().sum().backward()
+            assert ["hooks around the guard" in str(one.message) for one in caught] == [True] * times
+
+
 # ---- layouts
 
 
