@@ -25,6 +25,7 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
@@ -701,10 +702,26 @@ bool saved_by_training_batch_norm(const SavedObject* entry) {
 
 PyTypeObject* parameter_type = nullptr; // torch.nn.Parameter
 
+// Where backward is differentiated in its turn, a view of a parameter that was saved comes back as a tensor that is no view:
+// its history alone leads to the leaf.
+bool lies_in_a_leaf(const at::TensorBase& tensor) {
+  const auto* node = tensor.grad_fn().get();
+  for (int hops = 0; node != nullptr && hops < 8; ++hops) {
+    if (const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(node)) {
+      return tensor.has_storage() && leaf->variable.has_storage() && tensor.is_alias_of(leaf->variable);
+    }
+    node = node->num_outputs() == 1 ? node->next_edge(0).function.get() : nullptr;
+  }
+  return false;
+}
+
 bool is_parameter(const at::Tensor& tensor) {
   const auto& base = tensor.is_view() ? tensor._base() : tensor;
-  if (!base.is_leaf() || base.requires_grad()) {
-    return base.is_leaf();
+  if (!base.is_leaf()) {
+    return lies_in_a_leaf(base);
+  }
+  if (base.requires_grad()) {
+    return true;
   }
   const auto wrapped = checked(THPVariable_Wrap(base));
   return PyType_IsSubtype(Py_TYPE(wrapped.get()), parameter_type) != 0;

@@ -136,7 +136,7 @@ class Hazard:
     dtype: torch.dtype
     device: torch.device
     nbytes: int
-    used: bool = False
+    used: bool = False  # by a backward before
     rewritten: Rewritten = field(default_factory=Rewritten)
     unread: bool = False  # saved, but backward would be right without it
     by: Literal["optimizer", "ddp"] | None = None  # the part of torch that wrote, where it is one of these
@@ -144,7 +144,7 @@ class Hazard:
     count: int = 0
     bytes_copied: int = 0
     told: bool = False  # by a warning
-    buffer: bool | None = None  # the value lies in a buffer of a module; None: not asked
+    of_a_module: bool | None = None  # the value lies in a buffer or parameter of a module; None: not asked
 
     @property
     def remedies(self) -> list[str]:
@@ -164,7 +164,7 @@ class Hazard:
                 "Save a value of its own: clone() at the line of the save.",
             ]
         update = self.by == "optimizer" or self.rewritten.parameter
-        if self.used and not self.late:
+        if self.used and self.kind == "overwritten" and not self.late:
             advice.append(
                 "The graph has been through backward already: where nothing goes through it again, drop what keeps it (its "
                 "outputs, its loss) before this write."
@@ -588,21 +588,25 @@ def _may_be_for_good(entry: _C.Saved, note: _Note, update: bool) -> bool:
     if not entry.leaf:
         return False
     hazard = note[1]
-    if hazard.buffer is None:
-        hazard.buffer = _is_buffer(entry.value)
-    return hazard.buffer
+    if hazard.of_a_module is None:
+        hazard.of_a_module = _is_of_a_module(entry.value)
+    return hazard.of_a_module
 
 
-def _is_buffer(value: torch.Tensor) -> bool:
-    """Whether it lies in a buffer of some module. Nothing in a tensor tells, so all modules are asked, once for two lines."""
+def _is_of_a_module(value: torch.Tensor) -> bool:
+    """Whether it lies in a buffer of some module, or in a frozen parameter that a backward saved once more. Nothing in such
+    a tensor tells, so all modules are asked, once for two lines."""
     if value.layout != torch.strided or type(value) is not torch.Tensor:
         return False
     memory = value.untyped_storage().data_ptr()
     modules = [one for one in gc.get_objects() if issubclass(type(one), torch.nn.Module)]
     return any(
-        type(buffer) is torch.Tensor and buffer.layout == torch.strided and buffer.untyped_storage().data_ptr() == memory
+        type(state) in (torch.Tensor, torch.nn.Parameter)
+        and state.layout == torch.strided
+        and state.untyped_storage().data_ptr() == memory
         for module in modules
-        for buffer in module.__dict__.get("_buffers", {}).values()
+        for kind in ("_buffers", "_parameters")
+        for state in module.__dict__.get(kind, {}).values()
     )
 
 
@@ -833,7 +837,6 @@ class guard:
             save,
             op and _short(op),
             **_value_of(saved),
-            used=saved.unpacked > 0 and kind in ("overwritten", "version"),
             rewritten=rewritten,
             unread=saved.unread,
             by=by,
@@ -895,6 +898,7 @@ def _value_of(saved: _C.Saved) -> dict[str, Any]:
         "dtype": value.dtype,
         "device": value.device,
         "nbytes": _nbytes(value),
+        "used": saved.unpacked > 0,
     }
 
 

@@ -2,13 +2,14 @@
 writes: there a base is a value that is replaced, and a view is the positions in it."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 SHAPE = (3, 4)
+REFUSED = "modified by an inplace operation"
 UNARY = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
@@ -82,6 +83,10 @@ def generate(seed: int, length: int = 9) -> list[Step]:
         else:
             steps.append(Step(kind, rng.choice(list(WRITES_ALONE)), i))
     return steps
+
+
+def agree(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-9, atol=1e-12, equal_nan=True) for x, y in zip(a, b, strict=True))
 
 
 def leaves(seed: int) -> list[torch.Tensor]:

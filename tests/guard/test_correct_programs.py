@@ -132,6 +132,30 @@ def gradient_penalty():
     return steps, lambda score: score.backward()
 
 
+def differentiated(name, write, frozen=False):
+    """The backward that is differentiated saves parameters once more, as tensors that are no parameters."""
+
+    def factory():
+        model = net().requires_grad_(not frozen)
+
+        def steps():
+            x = batch().requires_grad_()
+            (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            for p in model.parameters():
+                write(p)
+            return gradient
+
+        return steps, lambda gradient: gradient.square().sum().backward()
+
+    factory.__name__ = name
+    return program(factory)
+
+
+differentiated("differentiated_backward", torch.no_grad()(lambda p: p.mul_(0.9)))
+differentiated("differentiated_backward_through_data", lambda p: p.data.mul_(0.9))
+differentiated("differentiated_backward_of_frozen_parameters", lambda p: p.data.mul_(0.9), frozen=True)
+
+
 def averaged(name, average, frozen=False):
     def factory():
         online, head = net(), nn.Linear(4, 4)

@@ -16,10 +16,9 @@ import torch
 from safe_inplace import HazardError, HazardWarning, guard
 from tests import fuzz
 
-from .programs import generate, in_place, out_of_place
+from .programs import REFUSED, agree, generate, in_place, out_of_place
 
 WANTED = int(os.environ.get("SAFE_INPLACE_GUARD_PROGRAMS", "400"))
-REFUSED = "modified by an inplace operation"
 
 
 def outcome(steps, seed, *around):
@@ -27,10 +26,6 @@ def outcome(steps, seed, *around):
         return in_place(steps, seed, *around)
     except RuntimeError as error:
         return error
-
-
-def agree(a, b):
-    return all(torch.allclose(x, y, rtol=1e-9, atol=1e-12, equal_nan=True) for x, y in zip(a, b, strict=True))
 
 
 def check(seed):
