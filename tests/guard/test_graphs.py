@@ -84,7 +84,7 @@ class Jumpy(guard):
 )
 def test_a_broken_guard_is_seen(broken, words):
     with pytest.raises(graphs.Wrong, match=words):
-        graphs.fuzz("suite", range(400), broken)
+        graphs.fuzz("suite", (*range(60), 154), broken)
 
 
 def test_a_guard_that_writes_is_seen():

@@ -34,6 +34,8 @@ def check(seed):
     plain = outcome(steps, seed)
     with guard() as strict:
         raised = outcome(steps, seed)
+    with guard("defer"):
+        deferred = outcome(steps, seed)
     with guard("copy") as watched:
         repaired = outcome(steps, seed)
     told = f"seed {seed}: {steps}\nplain {plain}\nraise {raised}\ncopy {repaired}"
@@ -47,10 +49,12 @@ def check(seed):
     if isinstance(plain, RuntimeError):
         assert isinstance(raised, HazardError), told
         assert raised.mutation is not None and raised.save is not None, told
+        assert isinstance(deferred, HazardError) and deferred.mutation is not None and deferred.save is not None, told
         assert watched.hazards_seen > 0, told
         return True
     assert agree(plain, expected), told
     assert not isinstance(raised, RuntimeError) and strict.hazards == [] and agree(raised, expected), told
+    assert not isinstance(deferred, RuntimeError) and agree(deferred, expected), told
     return False
 
 
@@ -96,11 +100,12 @@ def check_fuzz(name):
     refused = fuzz.attempt(plain)
     _, warned, _ = under("warn", program)
     _, raised, _ = under("raise", program)
+    _, deferred, _ = under("defer", program)
     repaired, left, watched = under("copy", program)
     told = f"{program}\nplain {refused and refused.error}\ncopy {left and left.error}"
     if refused is None:
         # A value that is overwritten and never asked for is a hazard all the same: "raise" may stop where torch does not.
-        assert warned is None and left is None, told
+        assert warned is None and left is None and deferred is None, told
         assert raised is None or isinstance(raised.error, HazardError), told
         fuzz.compare(repaired, plain, "copy against torch")
         return "finishes"
@@ -111,6 +116,7 @@ def check_fuzz(name):
     # In backward torch also refuses what an unbind gave and a write to its base replaced: overwritten in other words.
     assert refuses_an_overwritten_value(warned), told
     assert isinstance(raised.error, HazardError) and raised.step <= refused.step, told
+    assert isinstance(deferred.error, HazardError) and deferred.step == refused.step, told
     assert watched.hazards_seen > 0, told
     assert left is None or (left.step >= refused.step and not refuses_an_overwritten_value(left)), told
     stop = None if left is None else left.step

@@ -116,6 +116,14 @@ def test_warn_lets_torch_refuse(program):
     assert "HazardWarning" in done.stderr and "backward" in done.stderr
 
 
+def test_defer_stops_where_backward_asks_for_the_value(program):
+    done = run(program, "--on-hazard", "defer", "program.py")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "has been modified by an inplace operation" in done.stderr and "step(x).sum().backward()" in done.stderr
+    assert f"program.py:{line('h.mul_')}, in step" in done.stderr
+    assert f"program.py:{line('y = h')}, in step" in done.stderr
+
+
 @pytest.mark.parametrize(("arguments", "status"), [(["clean"], 0), (["clean", "three"], 3)])
 def test_a_clean_program_keeps_its_status(program, arguments, status):
     done = run(program, "--verify", "program.py", *arguments)
