@@ -1,6 +1,3 @@
-// Many instances, each run on a few thousand elements: compiling them well would take longer than all tests.
-#pragma GCC optimize("O1")
-
 #include "cuda/simulate.h"
 
 #include <algorithm>
@@ -10,10 +7,17 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
-#include "cuda/run.h"
 #include "device.h"
+
+// Many instances, each run on a few thousand elements: compiling them well would take longer than all tests. They get
+// a name of their own, or the linker could take one of these for the planning of real launches.
+#pragma GCC optimize("O1")
+#define tiles simulated_tiles
+#include "cuda/run.h"
 
 namespace safe_inplace {
 
