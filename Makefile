@@ -1,10 +1,11 @@
-# make test | demo | bench | bench-full | lint | clean
+# make test | demo | bench | bench-full | lint | sanitize | clean
 #
 # Each target sets up what it needs, in a virtual environment of its own per torch:
 #   TORCH=torch==2.14.1 make test     another torch (any requirement pip understands)
 #   TORCH=installed make test         no virtual environment and no download: what $(PYTHON) has
 #   VENV=somewhere, PYTHON=python3.12, FORCE_CUDA=0|1, TORCH_CUDA_ARCH_LIST="9.0"
 #   MAX_JOBS=4                        compilers, and processes of pytest, at a time; as many as there are cores by default
+#   SANITIZER=address,undefined       what make sanitize builds with; TESTS="tests/test_values.py" what it runs
 #   ARGS="-k mul_ -x"                 more arguments for pytest, the demo or the benchmarks
 
 SHELL := bash
@@ -50,7 +51,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 # What the tests need, and what they need besides with this torch, where pyproject.toml has an extra named after it.
 TEST_EXTRAS := test demo $(shell sed -nE 's/^"(test-$(KEY))" = .*/\1/p' pyproject.toml)
 
-.PHONY: help test demo bench bench-full lint clean again
+.PHONY: help test demo bench bench-full lint sanitize clean again
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -79,6 +80,26 @@ lint: $(BUILT) $(call extra,lint)
 	$(call say,ruff and mypy)
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
+
+# Built in a copy of the tree, so that the extension of the other targets stays. What is left out starts compilers, other
+# interpreters or builds of its own, or asks the system for memory in a way that the sanitizer answers otherwise.
+SANITIZER ?= address,undefined
+SANITIZED := build/sanitize-$(KEY)/$(SANITIZER)
+TESTS ?= $(filter-out $(addprefix tests/,test_benchmarks.py test_compile.py test_examples.py test_large_pages.py test_package.py), \
+	$(wildcard tests/test_*.py)) tests/guard/test_guard.py tests/guard/test_bugs.py tests/guard/test_torch_features.py
+SANITIZE := -fsanitize=$(SANITIZER) -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+
+sanitize: $(venv) $(foreach name,$(TEST_EXTRAS),$(call extra,$(name)))
+	$(call say,building the extension with $(SANITIZER) for $(TORCH); all that the compilers say is in $(SANITIZED)/log)
+	@mkdir -p $(SANITIZED)/tree
+	@tar cf - --exclude='*.so' --exclude=_build_info.py setup.py pyproject.toml README.md csrc safe_inplace tests examples benchmarks \
+		| tar xf - -C $(SANITIZED)/tree
+	@cd $(SANITIZED)/tree && SAFE_INPLACE_CXXFLAGS='-O1 -g1 $(SANITIZE)' LDFLAGS='$(SANITIZE)' FORCE_CUDA=0 \
+		$(abspath $(PY)) setup.py build_ext --inplace > ../log 2>&1 || { tail -n 40 ../log; exit 1; }
+	$(call say,tests with $(SANITIZER))
+	@cd $(SANITIZED)/tree && PYTHONPATH=$$PWD LD_PRELOAD="$$($(CXX) -print-file-name=lib$(if $(findstring thread,$(SANITIZER)),tsan,asan).so) \
+		$$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(PY)) -m pytest -n $(MAX_JOBS) --dist worksteal -p no:cacheprovider $(TESTS) $(ARGS)
 
 clean:
 	$(call say,removing build/ and dist/ and the extension in the tree; .venv/ stays)

@@ -234,6 +234,8 @@ def extension() -> tuple[Extension, type, dict[str, str | None]]:
         f"-fmacro-prefix-map={ROOT}/=",
         # at::parallel_for is a template: a file compiled without OpenMP runs it on one thread and says nothing.
         "-fopenmp",
+        # Last, so that they win: make sanitize.
+        *os.environ.get("SAFE_INPLACE_CXXFLAGS", "").split(),
     ]
     # at::parallel_for in a .cu file needs OpenMP in the host compiler as well.
     nvcc = [*shared, "--extended-lambda", "-lineinfo", "-Xcompiler", "-g0,-fvisibility=hidden,-fopenmp"]
