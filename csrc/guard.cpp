@@ -15,6 +15,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/SequenceNumber.h>
 #include <ATen/SparseCsrTensorUtils.h>
 #include <ATen/native/SparseTensorUtils.h>
 #include <ATen/NestedTensorImpl.h>
@@ -215,6 +216,7 @@ struct SavedObject {
   bool versioned;
   bool parameter; // a leaf that requires grad, an nn.Parameter that does not, or a view of one
   bool leaf; // it came to the graph from outside: a parameter, a buffer, an input
+  bool result; // of the operator that saved it, not one of its arguments
   bool unread; // saved, but backward does not read it: running statistics of a batch norm that trains
   bool released; // the writer has been told, or the value is a private copy: later writes change nothing
   bool lost; // overwritten, which `note` tells: backward is refused when it asks for it
@@ -479,6 +481,29 @@ void each_plain(const at::Tensor& tensor, PyObject* policy, const F& visit, cons
   }
 }
 
+// The arguments of the operator that is being judged, for guard.py to look at.
+class Judging {
+ public:
+  Judging(const c10::ArrayRef<c10::IValue>& arguments, const OperatorFacts& facts)
+      : arguments(arguments), facts(facts), outer_(current) {
+    current = this;
+  }
+  ~Judging() {
+    current = outer_;
+  }
+  Judging(const Judging&) = delete;
+  Judging& operator=(const Judging&) = delete;
+
+  static thread_local const Judging* current;
+  const c10::ArrayRef<c10::IValue>& arguments;
+  const OperatorFacts& facts;
+
+ private:
+  const Judging* outer_;
+};
+
+thread_local const Judging* Judging::current = nullptr;
+
 enum class Change { bytes, unannotated_bytes, layout };
 
 // The writes of one operator: judged before it runs, and once more after it.
@@ -487,6 +512,7 @@ class Writes {
   explicit Writes(Running& entry) : entry_(entry) {}
 
   void judge(const OperatorFacts& facts, c10::ArrayRef<c10::IValue> arguments) {
+    const Judging judging(arguments, facts);
     const bool trains = !facts.only_if || arguments[*facts.only_if].toBool();
     look(facts.written, arguments, Change::bytes);
     look(facts.relaid, arguments, Change::layout);
@@ -715,6 +741,12 @@ bool lies_in_a_leaf(const at::TensorBase& tensor) {
   return false;
 }
 
+// Results are saved when they have their node, the youngest; what an operator was given is of an older one.
+bool is_result(const at::Tensor& tensor) {
+  const auto* meta = torch::autograd::impl::get_autograd_meta(tensor);
+  return meta != nullptr && meta->grad_fn_ && meta->grad_fn_->sequence_nr() + 1 == at::sequence_number::peek();
+}
+
 bool is_parameter(const at::Tensor& tensor) {
   const auto& base = tensor.is_view() ? tensor._base() : tensor;
   if (!base.is_leaf()) {
@@ -748,6 +780,7 @@ PyObject* pack(PyObject*, PyObject* argument) {
   entry->version = entry->versioned ? counter.current_version() : 0;
   entry->parameter = is_parameter(tensor);
   entry->leaf = entry->parameter || tensor.is_leaf();
+  entry->result = is_result(tensor);
   if (running != nullptr) {
     entry->op = running->op.operator_name();
     entry->unread = saved_by_training_batch_norm(entry);
@@ -874,6 +907,10 @@ PyObject* saved_get_unread(PyObject* self, void*) {
   return PyBool_FromLong(saved(self)->unread);
 }
 
+PyObject* saved_get_result(PyObject* self, void*) {
+  return PyBool_FromLong(saved(self)->result);
+}
+
 PyObject* saved_get_stale(PyObject* self, void*) {
   return PyBool_FromLong(stale(saved(self)));
 }
@@ -918,6 +955,7 @@ PyGetSetDef saved_attributes[] = {
     {"value", saved_get_value, nullptr, nullptr, nullptr},
     {"op", saved_get_op, nullptr, nullptr, nullptr},
     {"place", saved_get_place, nullptr, nullptr, nullptr},
+    {"result", saved_get_result, nullptr, nullptr, nullptr},
     {"unread", saved_get_unread, nullptr, nullptr, nullptr},
     {"stale", saved_get_stale, nullptr, nullptr, nullptr},
     {"lost", saved_get_lost, nullptr, nullptr, nullptr},
@@ -1031,6 +1069,47 @@ PyObject* share_memory(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   END_HANDLE_TH_ERRORS
 }
 
+// [(tensor, is it written?)]: the tensors that the operator which is being judged was called with.
+PyObject* arguments(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  auto list = checked(PyList_New(0));
+  if (const auto* judging = Judging::current) {
+    const auto& written = judging->facts.written;
+    for (size_t i = 0; i < judging->arguments.size(); ++i) {
+      PyObject* is_written = std::find(written.begin(), written.end(), i) != written.end() ? Py_True : Py_False;
+      each_tensor(judging->arguments[i], [&](const at::Tensor& tensor) {
+        const auto wrapped = checked(THPVariable_Wrap(tensor));
+        const auto pair = checked(PyTuple_Pack(2, wrapped.get(), is_written));
+        if (PyList_Append(list.get(), pair.get()) != 0) {
+          rethrow_python();
+        }
+      });
+    }
+  }
+  return list.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// How many hold the tensor's storage, beside the saved values: itself, its base, views and other aliases of it.
+PyObject* holders(PyObject*, PyObject* argument) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(THPVariable_Check(argument), "guard_holders takes a tensor");
+  const auto& tensor = THPVariable_Unpack(argument);
+  if (!tensor.has_storage()) {
+    return PyLong_FromLong(-1);
+  }
+  const auto* storage = tensor.storage().unsafeGetStorageImpl();
+  auto count = static_cast<long>(tensor.storage().use_count());
+  const auto found = ledger().by_base.find(static_cast<const char*>(storage->data()));
+  if (found != ledger().by_base.end()) {
+    for (const auto* entry : found->second) {
+      count -= entry->value.has_storage() && entry->value.storage().unsafeGetStorageImpl() == storage;
+    }
+  }
+  return PyLong_FromLong(count);
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef functions[] = {
     {"guard_enter", enter, METH_O, nullptr},
     {"guard_exit", exit, METH_VARARGS, nullptr},
@@ -1038,6 +1117,8 @@ PyMethodDef functions[] = {
     {"guard_live", live, METH_NOARGS, nullptr},
     {"guard_pack", pack, METH_O, nullptr},
     {"guard_unpack", unpack, METH_O, nullptr},
+    {"guard_arguments", arguments, METH_NOARGS, nullptr},
+    {"guard_holders", holders, METH_O, nullptr},
     {"guard_user_code", set_user_code, METH_O, nullptr},
     {"guard_parameter_type", set_parameter_type, METH_O, nullptr},
     {"guard_overlap", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(share_memory)), METH_FASTCALL, nullptr},

@@ -1,35 +1,63 @@
 """A statement that writes in place, written out of place: the code that guard's reports suggest.
 
-A suggestion is code that runs where the statement stood, or there is none. What a name stands for (a tensor, a list of
-them, a module full of functions) is looked up in the frame that is writing, as the text alone does not say it.
+A suggestion is right where it is pasted, or there is none. Out of place the name is bound to a new tensor: that is the same
+program only where nothing else knows the old one. So the tensor is looked at while the write is about to happen: the name
+holds its only reference, and no other tensor shares its memory but what the graph keeps.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import functools
+import inspect
+import linecache
+import os
+import sys
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
+from itertools import islice
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 
-_OPERATORS: dict[type[ast.operator], str] = {
-    ast.Add: "+",
-    ast.Sub: "-",
-    ast.Mult: "*",
-    ast.Div: "/",
-    ast.FloorDiv: "//",
-    ast.Mod: "%",
-    ast.Pow: "**",
-    ast.MatMult: "@",
-    ast.BitAnd: "&",
-    ast.BitOr: "|",
-    ast.BitXor: "^",
-    ast.LShift: "<<",
-    ast.RShift: ">>",
+from . import _C
+
+Place = tuple[CodeType | None, int]
+
+_METHODS: dict[type[ast.operator], str] = {
+    ast.Add: "add_",
+    ast.Sub: "sub_",
+    ast.Mult: "mul_",
+    ast.Div: "div_",
+    ast.FloorDiv: "floor_divide_",
+    ast.Mod: "remainder_",
+    ast.Pow: "pow_",
 }
+_COMPARE = frozenset("eq ne gt ge lt le logical_and logical_or logical_xor logical_not".split())
+# autocast computes them in the dtype of their operands, and neither do they save their result.
+_ARITHMETIC = frozenset("add sub mul div".split())
+_LOOPS = (ast.For, ast.AsyncFor, ast.While)
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.Module)
+# What runs another time, another place or not as code: an assignment in there binds another name, or is none.
+_APART = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.JoinedStr)
+_FUNCTIONAL = torch.nn.functional.__file__
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _UNKNOWN = object()
+
+
+def _references_of_a_handle() -> int:
+    """From some version on, a handle in C++ beside the Python object's own holds a reference to that object."""
+    tensor = torch.zeros(1)
+    before = sys.getrefcount(tensor)
+    view = tensor.view(1)
+    more = sys.getrefcount(tensor) - before
+    del view
+    return more
+
+
+_HANDLE = _references_of_a_handle()
 
 
 @dataclass(frozen=True)
@@ -37,147 +65,510 @@ class Rewritten:
     code: str | None = None  # the statement out of place
     clone: str | None = None  # what to clone() in front of it, where it assigns to a part of a tensor
     parameter: bool = False  # it updates a parameter: out of place it would update nothing
+    leaf: bool = False  # torch itself will refuse: a leaf that requires grad, with grad mode on
 
 
-def _statement(source: str) -> ast.stmt | None:
-    for text in (source, f"{source} pass"):  # the head of a block
-        try:
-            body = ast.parse(text).body
-        except SyntaxError:  # a line of a longer statement
-            continue
-        return body[0] if len(body) == 1 else None
-    return None
+@functools.lru_cache(maxsize=8)
+def _tree(text: str) -> ast.Module | None:
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError):  # not the source of a Python program
+        return None
 
 
-def _value(node: ast.expr, frame: FrameType | None) -> Any:
+def _path(place: Place) -> list[ast.AST]:
+    """The syntax tree from the module down to the node that the instruction belongs to; nothing where that is not known."""
+    code, instruction = place
+    if code is None:
+        return []
+    position = next(islice(code.co_positions(), max(instruction, 0) // 2, None), (None,) * 4)
+    line, end_line, column, end_column = position
+    tree = _tree("".join(linecache.getlines(code.co_filename)))
+    if tree is None or line is None or end_line is None or column is None or end_column is None:
+        return []
+    end = (end_line, end_column)
+    path: list[ast.AST] = [tree]
+    while True:
+        inside = [child for child in ast.iter_child_nodes(path[-1]) if _begin(child) < end <= _end(child)]
+        if not inside:
+            break
+        path.append(inside[0])
+    while len(path) > 1:
+        node = path[-1]
+        if _end(node) == end and isinstance(node, (ast.AugAssign, ast.Subscript, ast.Call)):
+            # A method called over several lines is placed at its name.
+            moved = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and line == node.func.end_lineno
+            if _begin(node) == (line, column) or (moved and line != node.lineno):
+                return path
+        path.pop()
+    return []
+
+
+def _begin(node: ast.AST) -> tuple[int, int]:
+    return (node.lineno, node.col_offset) if hasattr(node, "col_offset") else (sys.maxsize, 0)
+
+
+def _end(node: ast.AST) -> tuple[int, int]:
+    return (node.end_lineno, node.end_col_offset) if hasattr(node, "end_col_offset") else (0, 0)  # type: ignore[attr-defined]
+
+
+def _variables(frame: FrameType) -> dict[str, Any]:
+    """The frame's variables: a function's are copied. Before Python 3.13 asking for them leaves another copy in the frame, which
+    would keep them alive for as long as it runs."""
+    found = frame.f_locals
+    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        return found
+    variables = dict(found)
+    if sys.version_info < (3, 13) and sys.getrefcount(found) <= 3:  # the frame, this name, the call: nobody else has seen it
+        found.clear()
+    return variables
+
+
+def _value(node: ast.expr, variables: dict[str, Any], names: dict[str, Any]) -> Any:
     """What the expression stands for, as far as that can be read without running any of the user's code."""
-    if frame is None:
-        return _UNKNOWN
     if isinstance(node, ast.Name):
-        for names in (frame.f_locals, frame.f_globals):
-            if node.id in names:
-                return names[node.id]
-        return _UNKNOWN
+        return variables.get(node.id, names.get(node.id, _UNKNOWN))
     if isinstance(node, ast.Attribute):
-        owner = _value(node.value, frame)
-        if owner is _UNKNOWN or isinstance(owner, torch.Tensor):
+        owner = _value(node.value, variables, names)
+        if owner is _UNKNOWN or isinstance(owner, torch.Tensor) or _is_data_descriptor(type(owner), node.attr):
             return _UNKNOWN
-        attributes = getattr(owner, "__dict__", None)
-        tables = (attributes, *(attributes or {}).values()) if isinstance(owner, torch.nn.Module) else (attributes,)
-        for table in tables:
-            if isinstance(table, Mapping) and node.attr in table:
-                return table[node.attr]
+        attributes = getattr(owner, "__dict__", {})
+        tables = [attributes]
+        if isinstance(owner, torch.nn.Module):
+            tables += [attributes.get(table, {}) for table in ("_parameters", "_buffers", "_modules")]
+        return next((table[node.attr] for table in tables if node.attr in table), _UNKNOWN)
+    if isinstance(node, ast.Subscript):
+        owner, key = _value(node.value, variables, names), _key(node.slice, variables, names)
+        if type(owner) is list and type(key) is int and -len(owner) <= key < len(owner):
+            return owner[key]
+        if type(owner) is dict and type(key) in (int, str) and key in owner:
+            return owner[key]
     return _UNKNOWN
 
 
+def _key(node: ast.expr, variables: dict[str, Any], names: dict[str, Any]) -> Any:
+    """A key that is the same when it is read twice."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return _value(node, variables, names)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        inner = _key(node.operand, variables, names)
+        return -inner if type(inner) is int else _UNKNOWN
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+        left, right = _key(node.left, variables, names), _key(node.right, variables, names)
+        if type(left) is int and type(right) is int:
+            return left + right if isinstance(node.op, ast.Add) else left - right
+    return _UNKNOWN
+
+
+def _is_data_descriptor(owner: type, name: str) -> bool:
+    found = inspect.getattr_static(owner, name, None)
+    return hasattr(type(found), "__set__") or hasattr(type(found), "__delete__")
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value._is_view() and value.is_leaf and value.requires_grad
+
+
+def _of_a_leaf(tensor: torch.Tensor) -> bool:
+    base = tensor._base if tensor._is_view() else tensor
+    return base is not None and base.is_leaf and base.requires_grad
+
+
 def _seen_through(node: ast.expr) -> ast.expr:
-    """x, of x.data and x.detach()."""
+    """x, of x.data, x.detach() and x[0]."""
     while True:
-        if isinstance(node, ast.Attribute) and node.attr == "data":
+        if isinstance(node, ast.Subscript) or (isinstance(node, ast.Attribute) and node.attr == "data"):
             node = node.value
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr == "detach"
-            and not node.args
-        ):
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("detach", "view"):
             node = node.func.value
         else:
             return node
 
 
-def _is_name(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and _is_name(node.value))
+def _dump(node: ast.AST) -> str:
+    return ast.dump(node).replace("Store()", "Load()")
 
 
-def _is_parameter(value: Any) -> bool:
-    # A view is not asked: torch may refuse to say whether it is a leaf.
-    return isinstance(value, torch.Tensor) and not value._is_view() and value.is_leaf and value.requires_grad
+def _reads(node: ast.AST, name: str) -> list[ast.AST]:
+    return [found for found in ast.walk(node) if isinstance(found, ast.expr) and _dump(found) == name]
 
 
-class _Text:
-    """A source line, cut by the byte offsets that ast counts in."""
-
-    def __init__(self, source: str) -> None:
-        self.raw = source.encode()
-
-    def of(self, node: ast.AST) -> str:
-        return self.raw[node.col_offset : node.end_col_offset].decode()  # type: ignore[attr-defined]
-
-    def replaced(self, whole: ast.AST, part: ast.AST, new: str) -> str:
-        begin, end = whole.col_offset, whole.end_col_offset  # type: ignore[attr-defined]
-        head = self.raw[begin : part.col_offset]  # type: ignore[attr-defined]
-        tail = self.raw[part.end_col_offset : end]  # type: ignore[attr-defined]
-        return head.decode() + new + tail.decode()
+def _calls(node: ast.AST) -> bool:
+    return any(isinstance(found, (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)) for found in ast.walk(node))
 
 
-def _augmented(statement: ast.AugAssign, text: _Text, frame: FrameType | None) -> Rewritten:
-    target = statement.target
-    if _is_parameter(_value(_seen_through(target), frame)):
-        return Rewritten(parameter=True)
-    if isinstance(target, ast.Subscript) and not isinstance(_value(target.value, frame), (list, dict)):
-        return Rewritten(clone=text.of(target.value) if _is_name(target.value) else None)
-    right = text.of(statement.value)
-    if not isinstance(statement.value, (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript)):
-        right = f"({right})"
-    left = text.of(target)
-    return Rewritten(f"{left} = {text.of(_seen_through(target))} {_OPERATORS[type(statement.op)]} {right}")
+class _Write:
+    """One write: the frame that makes it, its syntax, and what the operator was called with."""
 
+    def __init__(self, frame: FrameType, path: list[ast.AST], op: str) -> None:
+        self.frame, self.path, self.op = frame, path, op
+        self.node = path[-1]
+        at = max(i for i, node in enumerate(path) if isinstance(node, ast.stmt))
+        self.statement, self.inner = path[at], path[at + 1 :]
+        self.above = path[:at]
+        self.variables, self.globals = _variables(frame), frame.f_globals
+        self.at_module_level = self.variables is self.globals
+        arguments = _C.guard_arguments()
+        self.known = bool(arguments)
+        written = [tensor for tensor, is_written in arguments if is_written]
+        self.written = [id(tensor) for tensor in written]
+        self.keeps_dtype = bool(written) and all(
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and torch.result_type(written[0], tensor) == written[0].dtype
+            and (written[0].is_floating_point() or written[0].is_complex())
+            for tensor, _ in arguments
+        )
 
-def _called(statement: ast.stmt, call: ast.Call, text: _Text, frame: FrameType | None) -> Rewritten:
-    """`call` is x.op_(...), or namespace.op_(x, ...)."""
-    assert isinstance(call.func, ast.Attribute)
-    inplace, owner = call.func.attr, _seen_through(call.func.value)
-    found = _value(owner, frame)
-    is_tensor = isinstance(found, torch.Tensor) or (found is _UNKNOWN and not _is_name(owner))
-    if found is _UNKNOWN and not is_tensor:
-        return Rewritten()
-    written = owner if is_tensor else call.args[0] if call.args else None
-    if written is None or isinstance(written, ast.Starred):
-        return Rewritten()
-    if _is_parameter(_value(_seen_through(written), frame)):
-        return Rewritten(parameter=True)
-    pure = inplace[:-1]
-    arguments = [*call.args, *(keyword for keyword in call.keywords)]
-    if is_tensor:
-        inside = ", ".join(map(text.of, arguments))
-        has_form = hasattr(torch.Tensor, pure)
-        new = f"{text.of(owner)}.{pure}({inside})" if has_form else f"{text.of(owner)}.clone().{inplace}({inside})"
-    else:
-        has_form = hasattr(found, pure)
-        first = text.of(written) if has_form else f"{text.of(written)}.clone()"
-        inside = ", ".join([first, *map(text.of, arguments[1:])])
-        new = f"{text.of(owner)}.{pure if has_form else inplace}({inside})"
-    code = text.replaced(statement, call, new)
-    if isinstance(statement, ast.Expr):
-        target = _seen_through(written)
-        if not _is_name(target):
+    def value(self, node: ast.expr) -> Any:
+        return _value(node, self.variables, self.globals)
+
+    def between(self) -> list[FrameType]:
+        """The Python frames between the writing one and the operator."""
+        frames: list[FrameType] = []
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+            frame = frame.f_back
+        while frame is not None and frame is not self.frame:
+            frames.append(frame)
+            frame = frame.f_back
+        return frames
+
+    # -- may the name be bound to something else?
+
+    def may_rebind(self, slot: ast.expr, held: int, views: int = 0) -> bool:
+        """The tensor that `slot` names is known by that name alone. `held` references lie on the stacks of the running calls,
+        `views` of it were made for this write."""
+        if not self._is_a_place_of_its_own(slot):
+            return False
+        kept = [self.value(slot)]
+        if type(kept[0]) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(kept[0]):
+            return False
+        # Below no_grad autograd does not see the write: out of place it would not see the value either.
+        if torch.is_inference_mode_enabled() or (kept[0].requires_grad and not torch.is_grad_enabled()):
+            return False
+        if kept[0]._is_view() or kept[0].__dict__ or kept[0]._backward_hooks or kept[0].retains_grad:
+            return False
+        if kept[0].layout != torch.strided or weakref.getweakrefcount(kept[0]):
+            return False
+        if (id(kept[0]) in self.written) == bool(views) or _C.guard_holders(kept[0]) != 1 + views:
+            return False
+        copied = isinstance(slot, ast.Name) and not self.at_module_level
+        # The slot and its copy, the stacks, `kept` and this call.
+        expected = 1 + copied + held + 2 + (_HANDLE if kept[0]._use_count() > 1 else 0)
+        return sys.getrefcount(kept[0]) == expected and self._is_fresh(slot)
+
+    def _is_a_place_of_its_own(self, slot: ast.expr) -> bool:
+        code = self.frame.f_code
+        if isinstance(slot, ast.Name):
+            if self.at_module_level:
+                return True
+            return bool(code.co_flags & inspect.CO_OPTIMIZED) and slot.id in (*code.co_varnames, *code.co_cellvars)
+        if isinstance(slot, ast.Attribute):
+            owner = self.value(slot.value)
+            return type(owner).__setattr__ in (object.__setattr__, torch.nn.Module.__setattr__)
+        return isinstance(slot, ast.Subscript)
+
+    def _is_fresh(self, slot: ast.expr) -> bool:
+        """No other run of the statement finds in the slot what something else has come to know since."""
+        name = _dump(slot)
+        code = self.frame.f_code
+        arguments = code.co_argcount + code.co_kwonlyargcount + len([f for f in (4, 8) if code.co_flags & f])
+        argument = isinstance(slot, ast.Name) and slot.id in code.co_varnames[:arguments]
+        child: ast.AST = self.statement
+        for parent in reversed(self.above):
+            blocks = [block for _, block in ast.iter_fields(parent) if isinstance(block, list) and child in block]
+            if any(
+                isinstance(node, ast.Assign) and any(_dump(target) == name for target in node.targets)
+                for block in blocks
+                for node in block[: block.index(child)]
+            ):
+                return True
+            if isinstance(parent, _LOOPS):
+                if isinstance(parent, (ast.For, ast.AsyncFor)) and _reads(parent.target, name):
+                    return True
+                if not self._stays_inside(parent, slot, name):
+                    return False
+            if isinstance(parent, _SCOPES):
+                return not argument
+            child = parent
+        return not argument
+
+    def _stays_inside(self, loop: ast.AST, slot: ast.expr, name: str) -> bool:
+        code = self.frame.f_code
+        if not isinstance(slot, ast.Name) or slot.id in code.co_cellvars:
+            return False
+        if isinstance(self.statement, ast.Expr) and self.statement.value is not self.node:
+            return False
+        if not isinstance(self.statement, (ast.Expr, ast.AugAssign)) and not isinstance(self.node, ast.Subscript):
+            return False
+        if self.at_module_level and any(
+            _reads(node, name) for node in ast.walk(self.path[0]) if isinstance(node, (ast.FunctionDef, ast.Lambda))
+        ):
+            return False
+        harmless = {id(node) for node in _written_by(self.node)}
+        for parent in ast.walk(loop):
+            for child in ast.iter_child_nodes(parent):
+                inner = child.value if isinstance(child, ast.Subscript) else child
+                if isinstance(parent, (ast.BinOp, ast.UnaryOp, ast.Compare)):
+                    harmless.add(id(inner))
+        return all(id(node) in harmless for node in _reads(loop, name))
+
+    # -- the forms
+
+    def _written_by_name(self) -> Iterator[ast.expr]:
+        """What the statement writes, or may write."""
+        node = self.node
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if self.value(node.func) is _UNKNOWN:
+                yield node.func.value
+                return
+        if isinstance(node, ast.Call):
+            yield from node.args[:1]
+            yield from (keyword.value for keyword in node.keywords if keyword.arg == "out")
+        else:
+            yield from _written_by(node)
+
+    def out_of_place(self) -> Rewritten:
+        if any(_is_parameter(self.value(_seen_through(written))) for written in self._written_by_name()):
+            return Rewritten(parameter=True)
+        if not self.known or any(isinstance(node, _APART) for node in self.inner):
             return Rewritten()
-        code = f"{text.of(target)} = {code}"
-    return Rewritten(code)
-
-
-def out_of_place(source: str, columns: tuple[int, int] | None, op: str, frame: FrameType | None) -> Rewritten:
-    """`op` is the operator that writes, without namespace and overload; `columns` the part of `source` that ran it."""
-    statement = _statement(source)
-    if statement is None or isinstance(statement, (ast.For, ast.While, ast.If, ast.With, ast.FunctionDef, ast.ClassDef)):
+        if isinstance(self.statement, ast.AugAssign) and self.node is self.statement:
+            return self._augmented(self.statement)
+        if isinstance(self.node, ast.Subscript):
+            if isinstance(self.statement, ast.Assign) and self.statement.targets == [self.node]:
+                return self._part(self.node, self.statement.value, held=1)
+        elif isinstance(self.node, ast.Call) and isinstance(self.statement, (ast.Expr, ast.Assign, ast.AnnAssign, ast.Return)):
+            return self._called(self.node)
         return Rewritten()
-    text = _Text(source)
-    if isinstance(statement, ast.AugAssign):
-        return _augmented(statement, text, frame)
-    if isinstance(statement, ast.Assign) and op in ("copy_", "fill_", "index_put_", "masked_fill_", "zero_", "_index_put_impl_"):
-        parts = [target for target in statement.targets if isinstance(target, ast.Subscript)]
-        if parts:
-            return Rewritten(clone=text.of(parts[0].value) if _is_name(parts[0].value) else None)
-    calls = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
-    for call in calls:
-        for keyword in call.keywords:
-            if keyword.arg == "inplace" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True:
-                return Rewritten(text.replaced(statement, keyword.value, "False"))
-    named = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == op]
-    if len(named) > 1 and columns is not None:
-        ran = source[slice(*columns)]
-        named = [call for call in named if text.of(call) == ran]
-    if len(named) == 1 and op.endswith("_") and not op.endswith("__"):
-        return _called(statement, named[0], text, frame)
-    return Rewritten()
+
+    def _augmented(self, statement: ast.AugAssign) -> Rewritten:
+        target = statement.target
+        method = _METHODS.get(type(statement.op))
+        if method is None or self.between():
+            return Rewritten()
+        load = _loaded(target)
+        if isinstance(target, ast.Subscript) and type(self.value(target.value)) not in (list, dict):
+            return self._part(target, statement.value, held=1, augmented=statement.op)
+        if not self.may_rebind(load, held=1):
+            return Rewritten()
+        if self._pure(method) is not None:
+            value: ast.expr = ast.BinOp(load, statement.op, statement.value)
+        else:
+            value = _method(_method(load, "clone", []), method, [statement.value])
+        return Rewritten(_text(ast.Assign([target], value)))
+
+    def _part(
+        self, target: ast.Subscript, value: ast.expr, held: int, augmented: ast.operator | None = None
+    ) -> Rewritten:
+        """An assignment to a part of the tensor."""
+        if self.between() or not isinstance(target.value, ast.expr):
+            return Rewritten()
+        slot = _loaded(target.value)
+        kept = self.value(slot)
+        whole = isinstance(kept, torch.Tensor) and id(kept) in self.written
+        del kept
+        if not self.may_rebind(slot, held, views=0 if whole else 1):
+            return Rewritten()
+        name = _dump(slot)
+        if not _calls(value) and not _calls(target.slice) and not _reads(value, name) and not _reads(target.slice, name):
+            return Rewritten(clone=ast.unparse(slot))
+        # The value and the index first, of what there was: what they save is not what is written.
+        new, index = self._unused_names("new", "index")
+        steps = []
+        at: ast.expr = target
+        if _calls(target.slice) or _reads(target.slice, name):
+            if augmented is not None or any(isinstance(node, ast.Slice) for node in ast.walk(target.slice)):
+                return Rewritten()
+            at = ast.Subscript(target.value, ast.Name(index, ast.Load()), ast.Store())
+            steps = [ast.Assign([ast.Name(index, ast.Store())], target.slice)]
+        if augmented is not None:
+            value = ast.BinOp(_loaded(target), augmented, value)
+        if steps == [] or _calls(value) or _reads(value, name):
+            steps.insert(0, ast.Assign([ast.Name(new, ast.Store())], value))
+            value = ast.Name(new, ast.Load())
+        steps += [ast.Assign([target.value], _method(slot, "clone", [])), ast.Assign([at], value)]
+        return Rewritten("; ".join(map(_text, steps)))
+
+    def _unused_names(self, *wanted: str) -> list[str]:
+        code = self.frame.f_code
+        used = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
+        return [next(name for name in (want, *(f"{want}{i}" for i in range(1000))) if name not in used) for want in wanted]
+
+    def _pure(self, method: str) -> str | None:
+        """The name of the same without the write, where its result has the dtype that the written tensor has."""
+        space, _, rest = self.op.partition("::")
+        name, _, overload = rest.partition(".")
+        pure = name[:-1]
+        if space != "aten" or name != method or pure in _COMPARE or not self.keeps_dtype:
+            return None
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))) and pure not in _ARITHMETIC:
+            return None
+        packets = [getattr(torch.ops.aten, each, None) for each in (name, pure)]
+        schemas = [getattr(packet, overload or "default", None) for packet in packets]
+        if None in schemas:
+            return None
+        one, other = (
+            [(each.name, str(each.type)) for each in schema._schema.arguments]  # type: ignore[union-attr]
+            for schema in schemas
+        )
+        return pure if one == other else None
+
+    def _called(self, call: ast.Call) -> Rewritten:
+        """x.op_(...), torch.op_(x, ...), F.op(x, inplace=True)."""
+        between = self.between()
+        switch = [i for i, keyword in enumerate(call.keywords) if keyword.arg == "inplace"]
+        function = self.value(call.func)
+        if between:
+            # F.relu(x, inplace=True): x is its variable, on its stack and in the arguments of what it calls.
+            known = len(between) == 1 and between[0].f_code.co_filename == _FUNCTIONAL == getattr(
+                getattr(function, "__code__", None), "co_filename", None
+            )
+            if not known or len(switch) != 1 or not call.args or not self._autocast_leaves(self.op):
+                return Rewritten()
+            on = call.keywords[switch[0]].value
+            if not (isinstance(on, ast.Constant) and on.value is True) or not self.may_rebind(call.args[0], held=3):
+                return Rewritten()
+            keywords = list(call.keywords)
+            keywords[switch[0]] = ast.keyword("inplace", ast.Constant(False))
+            return self._placed(call, call.args[0], ast.Call(call.func, call.args, keywords), saves_result=True)
+        if switch or any(isinstance(argument, ast.Starred) for argument in call.args):
+            return Rewritten()
+        if function is _UNKNOWN and isinstance(call.func, ast.Attribute):
+            slot, method = call.func.value, call.func.attr
+            if not method.endswith("_") or method.endswith("__") or not hasattr(torch.Tensor, method):
+                return Rewritten()
+            if isinstance(slot, ast.Subscript) and self.value(slot) is _UNKNOWN:
+                return self._part_called(slot, call)
+            if not self.may_rebind(slot, held=1):
+                return Rewritten()
+            pure = self._pure(method) if hasattr(torch.Tensor, method[:-1]) else None
+            owner = slot if pure else _method(slot, "clone", [])
+            new = ast.Call(ast.Attribute(owner, pure or method, ast.Load()), call.args, call.keywords)
+            return self._placed(call, slot, new, saves_result=(pure or method.rstrip("_")) not in _ARITHMETIC)
+        return self._function(call, function)
+
+    def _autocast_leaves(self, op: str) -> bool:
+        return op == "aten::relu_" or not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+
+    def _part_called(self, part: ast.Subscript, call: ast.Call) -> Rewritten:
+        """h[0].op_(...)"""
+        name = _dump(part.value)
+        inside = [part.slice, *call.args, *(keyword.value for keyword in call.keywords)]
+        if not isinstance(self.statement, ast.Expr) or any(_calls(node) or _reads(node, name) for node in inside):
+            return Rewritten()
+        if self.statement.value is not call or not self.may_rebind(part.value, held=0, views=1):
+            return Rewritten()
+        return Rewritten(clone=ast.unparse(part.value))
+
+    def _function(self, call: ast.Call, function: Any) -> Rewritten:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        ours = sys.modules[__package__]
+        spaces = [space for space in (ours, torch, torch.nn.functional) if getattr(space, name, _UNKNOWN) is function]
+        if not spaces or not call.args or not name.endswith("_") or name.endswith("__"):
+            return Rewritten()
+        first = call.args[0]
+        if not self.may_rebind(first, held=1 if spaces[0] is ours else 2):
+            return Rewritten()
+        pure = self._pure(name) if isinstance(call.func, ast.Attribute) and len(call.args) < 5 else None
+        pure = pure if pure is not None and hasattr(spaces[0], pure) else None
+        called = call.func
+        if pure is not None and isinstance(call.func, ast.Attribute):
+            called = ast.Attribute(call.func.value, pure, ast.Load())
+        new_first = first if pure else _method(first, "clone", [])
+        new = ast.Call(called, [new_first, *call.args[1:]], call.keywords)
+        return self._placed(call, first, new, saves_result=name.rstrip("_") not in _ARITHMETIC)
+
+    def _placed(self, call: ast.Call, slot: ast.expr, new: ast.expr, saves_result: bool) -> Rewritten:
+        """`new` in the statement, where `call` stood, and its value bound to `slot`."""
+        old, statement = self._chain(call)
+        if old is not call and saves_result:
+            new = _method(new, "clone", [])  # the next of the chain writes to it
+        new = _replaced(old, call, new)
+        name = _dump(slot)
+        whole = getattr(statement, "value", None) is old
+        store = _stored(slot)
+        others = [node for node in _reads(statement, name) if node is not slot]
+        if isinstance(statement, ast.Expr) and whole:
+            return Rewritten(_text(ast.Assign([store], new)))
+        if isinstance(statement, ast.Assign):
+            if any(_reads(target, name) for target in statement.targets):
+                # The statement binds the name itself, and reads it nowhere else.
+                targets = [node for target in statement.targets for node in ast.walk(target)]
+                if all(node in targets and isinstance(getattr(node, "ctx", None), ast.Store) for node in others):
+                    return Rewritten(_text(_replaced(statement, old, new)))
+            elif whole:
+                return Rewritten(_text(ast.Assign([store, *statement.targets], new)))
+        code = self.frame.f_code
+        if isinstance(statement, ast.Return) and whole and isinstance(slot, ast.Name) and slot.id not in code.co_cellvars:
+            if not any(isinstance(node, ast.Try) for node in self.above):
+                return Rewritten(_text(ast.Return(new)))
+        if not isinstance(slot, ast.Name):
+            return Rewritten()
+        return Rewritten(_text(_replaced(statement, old, ast.NamedExpr(store, new))))  # type: ignore[arg-type]
+
+    def _chain(self, call: ast.Call) -> tuple[ast.expr, ast.stmt]:
+        """x.op_() with the methods called on it that return x again, and the statement."""
+        chain: ast.expr = call
+        nodes = self.inner[: self.inner.index(call)]
+        while len(nodes) >= 2 and isinstance(nodes[-1], ast.Attribute) and isinstance(nodes[-2], ast.Call):
+            method = nodes[-1].attr
+            if nodes[-2].func is not nodes[-1] or not method.endswith("_") or method.endswith("__"):
+                break
+            chain = nodes[-2]
+            nodes = nodes[:-2]
+        assert isinstance(self.statement, ast.stmt)
+        return chain, self.statement
+
+
+def _written_by(node: ast.AST) -> Iterator[ast.expr]:
+    """The expression that stands for what a node writes."""
+    if isinstance(node, ast.AugAssign):
+        yield node.target.value if isinstance(node.target, ast.Subscript) else node.target
+    elif isinstance(node, ast.Subscript):
+        yield node.value
+    elif isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Attribute):
+            yield node.func.value.value if isinstance(node.func.value, ast.Subscript) else node.func.value
+        if node.args:
+            yield node.args[0]
+
+
+def _replaced(tree: Any, old: ast.AST, new: ast.AST) -> Any:
+    """A copy of the tree: the tree itself is kept for the next report."""
+    if tree is old:
+        return new
+    if isinstance(tree, list):
+        return [_replaced(item, old, new) for item in tree]
+    if not isinstance(tree, ast.AST):
+        return tree
+    return type(tree)(**{name: _replaced(value, old, new) for name, value in ast.iter_fields(tree)})
+
+
+def _loaded(node: ast.expr) -> ast.expr:
+    return ast.parse(ast.unparse(node), mode="eval").body
+
+
+def _stored(node: ast.expr) -> ast.expr:
+    (statement,) = ast.parse(f"{ast.unparse(node)} = 0").body
+    return statement.targets[0]  # type: ignore[attr-defined]
+
+
+def _method(owner: ast.expr, name: str, arguments: list[ast.expr]) -> ast.Call:
+    return ast.Call(ast.Attribute(owner, name, ast.Load()), arguments, [])
+
+
+def _text(statement: ast.stmt) -> str:
+    return ast.unparse(ast.fix_missing_locations(statement))
+
+
+def out_of_place(place: Place, op: str, frame: FrameType | None) -> Rewritten:
+    """The statement at `place`, which runs in `frame` and is about to write with the operator `op`."""
+    if torch.is_grad_enabled() and any(is_written and _of_a_leaf(tensor) for tensor, is_written in _C.guard_arguments()):
+        return Rewritten(parameter=True, leaf=True)
+    path = _path(place)
+    if frame is None or not any(isinstance(node, ast.stmt) for node in path):
+        return Rewritten()
+    return _Write(frame, path, op).out_of_place()

@@ -138,6 +138,7 @@ class Hazard:
     nbytes: int
     used: bool = False  # by a backward before
     rewritten: Rewritten = field(default_factory=Rewritten)
+    result: bool = False  # the operator saved what it returned, not what it was given
     unread: bool = False  # saved, but backward would be right without it
     by: Literal["optimizer", "ddp"] | None = None  # the part of torch that wrote, where it is one of these
     late: bool = False  # found when backward asked for the value, not at the write
@@ -164,6 +165,10 @@ class Hazard:
                 "Save a value of its own: clone() at the line of the save.",
             ]
         update = self.by == "optimizer" or self.rewritten.parameter
+        # The line does not name the operator: a function or a module that it calls does.
+        called_within = self.mutation is not None and op.strip("_") not in write and "]" not in write.partition("=")[0]
+        if self.rewritten.leaf:
+            advice.append("Write under `with torch.no_grad():`; elsewhere torch refuses to write to a leaf that requires grad.")
         if self.used and self.kind == "overwritten" and not self.late:
             advice.append(
                 "The graph has been through backward already: where nothing goes through it again, drop what keeps it (its "
@@ -194,11 +199,11 @@ class Hazard:
             advice.append("Leave out= away, or hand it memory that nothing has saved.")
         elif op.endswith("batch_norm"):
             advice.append("Run backward of the eval-mode forward before the next forward in train mode.")
-        elif op.endswith("_") and (hasattr(torch.Tensor, op[:-1]) or hasattr(torch.nn.functional, op[:-1])):
-            advice.append(f"What runs here writes with {op}(): use its out-of-place form, {op[:-1]}() (a module: inplace=False).")
-        else:
-            advice.append("Write to memory that nothing has saved: a clone(), or a new tensor.")
-        saving = f" ({self.save.filename.rpartition(os.sep)[2]}:{self.save.lineno})" if self.save else ""
+        elif called_within and op.endswith("_") and (hasattr(torch.Tensor, op[:-1]) or hasattr(torch.nn.functional, op[:-1])):
+            advice.append(
+                f"What runs here writes with {op}(): use its out-of-place form, {op[:-1]}() (a module: inplace=False), and its "
+                "result from here on."
+            )
         if self.unread:
             advice.append(
                 "Backward does not read the running statistics that batch norm in train mode saved: torch refuses by the "
@@ -210,20 +215,27 @@ class Hazard:
                 "of the view, or collect the parts in a list and torch.stack them."
             )
         elif update:
+            saving = f" ({self.save.filename.rpartition(os.sep)[2]}:{self.save.lineno})" if self.save else ""
             advice.append(
                 f"Where no gradient is to flow through the save{saving}, compute it under torch.no_grad(), detach() its "
                 "result, or drop the outputs that are kept."
             )
-        elif self.mutation != self.save:
-            advice.append(
-                f"Or move the write before the save{saving}, or save a clone() there; detach() what needs no gradient."
-            )
+        elif self.save is not None:
+            advice.append(self._apart(self.save))
         advice.append(
             f'Or let guard("copy") do it: it copies this value only, {_bytes_in_words(self.nbytes)} each time.'
             if self.kind == "overwritten"
             else 'Or guard("copy"), which lets such a write pass.'
         )
         return advice[:3]
+
+    def _apart(self, save: Site) -> str:
+        """The remedy at the save: what it keeps, and what is written, are two."""
+        where = f"{save.filename.rpartition(os.sep)[2]}:{save.lineno}"
+        whole = f" of `{save.expression}`" if save.columns else ""
+        if self.result:
+            return f"Keep the saved value apart, at {where}: clone() the result{whole}, and go on with the clone."
+        return f"Keep the saved value apart, at {where}: clone() the operand{whole} that is written here."
 
     def text(self, color: bool = False) -> str:
         def paint(code: str, words: str) -> str:
@@ -826,11 +838,9 @@ class guard:
     def _describe(self, kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
         save, mutation = _site(saved.place), _site(place)
         frame, by = _writer(place[0])
-        rewritten = Rewritten(parameter=saved.parameter)
-        if mutation is not None and op is not None and not rewritten.parameter:
-            rewritten = out_of_place(
-                mutation.source, mutation.columns, op.partition("::")[2].split(".")[0], frame
-            )
+        rewritten = out_of_place(place, op, frame) if kind == "overwritten" and op is not None else Rewritten()
+        if saved.parameter and not rewritten.parameter:
+            rewritten = Rewritten(parameter=True)
         return Hazard(
             kind,
             mutation,
@@ -838,6 +848,7 @@ class guard:
             op and _short(op),
             **_value_of(saved),
             rewritten=rewritten,
+            result=saved.result,
             unread=saved.unread,
             by=by,
         )
