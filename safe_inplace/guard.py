@@ -247,7 +247,7 @@ class Hazard:
             if self.late
             else "a value needed for gradient computation is about to be modified by an inplace operation",
             "version": f"{modified} (its version alone: backward would be right)",
-            "unseen": f"{modified} that ran outside the guard",
+            "unseen": f"{modified} that guard did not see",
             "corrupted": "a value needed for gradient computation changed, and no operator says that it wrote it",
         }[self.kind]
         lines = [paint("1;31", headline), ""]
