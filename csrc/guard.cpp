@@ -1,3 +1,13 @@
+// The layout of a frame, whose variables Python 3.11 has no function for.
+#include <Python.h>
+#if PY_VERSION_HEX < 0x030C0000
+#define Py_BUILD_CORE
+extern "C" {
+#include <internal/pycore_frame.h>
+}
+#undef Py_BUILD_CORE
+#endif
+
 #include "guard.h"
 
 #include <algorithm>
@@ -149,6 +159,22 @@ const OperatorFacts& facts_of(const c10::OperatorHandle& op) {
 
 // ---- where in the user's code
 
+// The frame's first variable, in a method its `self`.
+Object first_argument(PyFrameObject* frame) {
+#if PY_VERSION_HEX >= 0x030C0000
+  static PyObject* const name = PyUnicode_InternFromString("self");
+  Object value(PyFrame_GetVar(frame, name));
+  if (!value) {
+    PyErr_Clear();
+  }
+  return value;
+#else
+  // Asking for the variables by the interface that Python 3.11 has would leave a copy of them in the frame.
+  PyObject* value = frame->f_frame->localsplus[0];
+  return share(value != nullptr && PyCell_Check(value) ? PyCell_GET(value) : value);
+#endif
+}
+
 #if PY_VERSION_HEX >= 0x030C0000
 constexpr auto request_code_extra = PyUnstable_Eval_RequestCodeExtraIndex;
 constexpr auto get_code_extra = PyUnstable_Code_GetExtra;
@@ -159,45 +185,76 @@ constexpr auto get_code_extra = _PyCode_GetExtra;
 constexpr auto set_code_extra = _PyCode_SetExtra;
 #endif
 
-// The code object and the instruction of the innermost frame of the user's code. Line and text are looked up only
-// when a report is printed.
+// The code object and the instruction of the innermost frame of the user's code; where that lies in an installed package,
+// also of the frame outside that led there; and the innermost module that is being called. Line, text and the module's path
+// are looked up only when a report is printed.
 struct Place {
   Object code;
   int instruction = -1;
+  Object caller;
+  int caller_instruction = -1;
+  Object module; // a weak reference: the module may hold what holds this
 };
 
-PyObject* is_user_code = nullptr; // Python: code object -> bool
+PyObject* whose_code = nullptr; // Python: code object -> 0 a library's, 1 an installed package's, 2 the user's own
+PyObject* module_call = nullptr; // the code object of Module.__call__
 
 // The answer is kept in the code object itself: as long as that lives, and no longer.
 Py_ssize_t answer_slot = -1;
 
-bool user_code(PyObject* code) {
-  enum : uintptr_t { unknown = 0, no = 1, yes = 2 };
+enum class Owner : uintptr_t { unknown = 0, library, package, user };
+
+Owner owner_of(PyObject* code) {
   void* answer = nullptr;
   if (get_code_extra(code, answer_slot, &answer) != 0) {
     rethrow_python();
   }
-  if (reinterpret_cast<uintptr_t>(answer) == unknown) {
-    const auto user = checked(PyObject_CallOneArg(is_user_code, code));
-    answer = reinterpret_cast<void*>(PyObject_IsTrue(user.get()) == 1 ? yes : no);
+  if (static_cast<Owner>(reinterpret_cast<uintptr_t>(answer)) == Owner::unknown) {
+    const auto owner = checked(PyObject_CallOneArg(whose_code, code));
+    const long number = PyLong_AsLong(owner.get());
+    if (number == -1 && PyErr_Occurred()) {
+      rethrow_python();
+    }
+    answer = reinterpret_cast<void*>(static_cast<uintptr_t>(number + 1));
     if (set_code_extra(code, answer_slot, answer) != 0) {
       rethrow_python();
     }
   }
-  return reinterpret_cast<uintptr_t>(answer) == yes;
+  return static_cast<Owner>(reinterpret_cast<uintptr_t>(answer));
+}
+
+// The module that a frame of Module.__call__ calls.
+Object module_of(PyFrameObject* frame) {
+  const auto self = first_argument(frame);
+  Object reference(self ? PyWeakref_NewRef(self.get(), nullptr) : nullptr);
+  if (!reference) {
+    PyErr_Clear(); // deleted, or not to be referred to: a report without a module
+  }
+  return reference;
 }
 
 Place current_place() {
   Place place;
+  bool found = false;
+  bool called = false; // from an installed package: its caller is wanted, too
   PyFrameObject* frame = PyThreadState_GetFrame(PyThreadState_Get());
   while (frame != nullptr) {
-    place.code.reset(reinterpret_cast<PyObject*>(PyFrame_GetCode(frame)));
-    place.instruction = PyFrame_GetLasti(frame);
-    if (user_code(place.code.get())) {
-      Py_DECREF(frame);
-      break;
+    auto code = Object(reinterpret_cast<PyObject*>(PyFrame_GetCode(frame)));
+    if (!place.module && code.get() == module_call) {
+      place.module = module_of(frame);
     }
-    PyFrameObject* back = PyFrame_GetBack(frame);
+    const auto owner = found && !called ? Owner::unknown : owner_of(code.get()); // asked for where it matters
+    if (!found) {
+      place.instruction = PyFrame_GetLasti(frame);
+      place.code = std::move(code);
+      found = owner != Owner::library;
+      called = owner == Owner::package;
+    } else if (called && owner == Owner::user) {
+      place.caller_instruction = PyFrame_GetLasti(frame);
+      place.caller = std::move(code);
+      called = false;
+    }
+    PyFrameObject* back = found && !called && place.module ? nullptr : PyFrame_GetBack(frame);
     Py_DECREF(frame);
     frame = back;
   }
@@ -397,8 +454,14 @@ Object operator_name(const c10::OperatorName& name) {
 }
 
 Object place_objects(const Place& place) {
-  return checked(
-      place.code ? Py_BuildValue("(Oi)", place.code.get(), place.instruction) : Py_BuildValue("(Oi)", Py_None, -1));
+  const auto object = [](const Object& o) { return o ? o.get() : Py_None; };
+  return checked(Py_BuildValue(
+      "(OiOOi)",
+      object(place.code),
+      place.instruction,
+      object(place.module),
+      object(place.caller),
+      place.caller_instruction));
 }
 
 Object ask_policy(
@@ -1045,8 +1108,14 @@ PyObject* live(PyObject*, PyObject*) {
   return PyLong_FromSize_t(ledger().size.load(std::memory_order_relaxed));
 }
 
-PyObject* set_user_code(PyObject*, PyObject* predicate) {
-  Py_XSETREF(is_user_code, Py_NewRef(predicate));
+PyObject* set_whose_code(PyObject*, PyObject* arguments) {
+  PyObject* predicate = nullptr;
+  PyObject* call = nullptr;
+  if (!PyArg_ParseTuple(arguments, "OO", &predicate, &call)) {
+    return nullptr;
+  }
+  Py_XSETREF(whose_code, Py_NewRef(predicate));
+  Py_XSETREF(module_call, Py_NewRef(call));
   Py_RETURN_NONE;
 }
 
@@ -1119,7 +1188,7 @@ PyMethodDef functions[] = {
     {"guard_unpack", unpack, METH_O, nullptr},
     {"guard_arguments", arguments, METH_NOARGS, nullptr},
     {"guard_holders", holders, METH_O, nullptr},
-    {"guard_user_code", set_user_code, METH_O, nullptr},
+    {"guard_whose_code", set_whose_code, METH_VARARGS, nullptr},
     {"guard_parameter_type", set_parameter_type, METH_O, nullptr},
     {"guard_overlap", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(share_memory)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};

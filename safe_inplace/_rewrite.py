@@ -24,8 +24,6 @@ import torch
 
 from . import _C
 
-Place = tuple[CodeType | None, int]
-
 _METHODS: dict[type[ast.operator], str] = {
     ast.Add: "add_",
     ast.Sub: "sub_",
@@ -76,9 +74,8 @@ def _tree(text: str) -> ast.Module | None:
         return None
 
 
-def _path(place: Place) -> list[ast.AST]:
+def _path(code: CodeType | None, instruction: int) -> list[ast.AST]:
     """The syntax tree from the module down to the node that the instruction belongs to; nothing where that is not known."""
-    code, instruction = place
     if code is None:
         return []
     position = next(islice(code.co_positions(), max(instruction, 0) // 2, None), (None,) * 4)
@@ -564,11 +561,11 @@ def _text(statement: ast.stmt) -> str:
     return ast.unparse(ast.fix_missing_locations(statement))
 
 
-def out_of_place(place: Place, op: str, frame: FrameType | None) -> Rewritten:
-    """The statement at `place`, which runs in `frame` and is about to write with the operator `op`."""
+def out_of_place(code: CodeType | None, instruction: int, op: str, frame: FrameType | None) -> Rewritten:
+    """The statement at an instruction of `code`, which runs in `frame` and is about to write with the operator `op`."""
     if torch.is_grad_enabled() and any(is_written and _of_a_leaf(tensor) for tensor, is_written in _C.guard_arguments()):
         return Rewritten(parameter=True, leaf=True)
-    path = _path(place)
+    path = _path(code, instruction)
     if frame is None or not any(isinstance(node, ast.stmt) for node in path):
         return Rewritten()
     return _Write(frame, path, op).out_of_place()

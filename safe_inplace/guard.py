@@ -29,13 +29,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
 from . import _C
+from ._modules import module_in_words, parameter_name
 from ._rewrite import Rewritten, out_of_place
 
 __all__ = ["HazardError", "HazardWarning", "Site", "guard"]
 
 OnHazard = Literal["raise", "warn", "copy", "defer"]
 Kind = Literal["overwritten", "version", "unseen", "corrupted"]
-Place = tuple[CodeType | None, int]
+# Code and instruction of a line, the innermost module that was being called, code and instruction of the caller's line.
+Place = tuple[CodeType | None, int, "weakref.ref[torch.nn.Module] | None", CodeType | None, int]
+_NOWHERE: Place = (None, -1, None, None, -1)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -54,9 +57,9 @@ _DDP = os.path.join(_SITE, "torch", "nn", "parallel", "distributed.py")
 _COMPILED_REGION = os.path.join("_aot_autograd", "runtime_wrappers.py")
 
 
-def _is_user_code(code: CodeType) -> bool:
-    """Everything but torch, this package and the standard library. A model of timm or transformers is user's code: the
-    line inside it says more than the line that called the model."""
+def _whose_code(code: CodeType) -> int:
+    """0 for torch, this package and the standard library, 1 for other installed packages, 2 for the user's own. The line in a
+    model of timm or transformers says more than the line that called the model: it is named, and its caller as well."""
     filename = code.co_filename
     if filename.endswith(_COMPILED_REGION):
         _say_once(
@@ -65,11 +68,13 @@ def _is_user_code(code: CodeType) -> bool:
             "by the version counter, in backward, or by guard(verify=True).",
         )
     if filename.startswith(("<frozen ", "<eval_with_key>", *_LIBRARIES)):
-        return False
-    return not filename.startswith(_STDLIB) or any(part in filename for part in _INSTALLED)
+        return 0
+    if any(part in filename for part in _INSTALLED):
+        return 1
+    return 0 if filename.startswith(_STDLIB) else 2
 
 
-_C.guard_user_code(_is_user_code)
+_C.guard_whose_code(_whose_code, torch.nn.Module.__call__.__code__)
 _C.guard_parameter_type(torch.nn.Parameter)
 
 
@@ -82,6 +87,8 @@ class Site:
     function: str
     source: str
     columns: tuple[int, int] | None = field(default=None, compare=False, repr=False)
+    module: str | None = field(default=None, compare=False)  # the innermost one that was being called, by its path
+    caller: Site | None = field(default=None, compare=False)  # the user's line that led there, into an installed package
 
     def __str__(self) -> str:
         return f"{self.filename}:{self.lineno}, in {self.function}"
@@ -93,9 +100,19 @@ class Site:
 
 
 def _site(place: Place) -> Site | None:
-    code, instruction = place
+    code, instruction, module, caller, at = place
     if code is None:
         return None
+    called = module and module()
+    return _line(
+        code,
+        instruction,
+        module_in_words(called) if called is not None else None,
+        _line(caller, at) if caller is not None else None,
+    )
+
+
+def _line(code: CodeType, instruction: int, module: str | None = None, caller: Site | None = None) -> Site:
     lineno, end_lineno, column, end_column = next(
         islice(code.co_positions(), max(instruction, 0) // 2, None), (None, None, None, None)
     )
@@ -108,7 +125,7 @@ def _site(place: Place) -> Site | None:
         raw, indent = line.encode(), len(line) - len(line.lstrip())
         begin = len(raw[:column].decode(errors="replace")) - indent
         columns = (begin, begin + len(raw[column:end_column].decode(errors="replace")))
-    return Site(code.co_filename, lineno, code.co_qualname, source, columns)
+    return Site(code.co_filename, lineno, code.co_qualname, source, columns, module, caller)
 
 
 # ---- what is reported
@@ -142,6 +159,7 @@ class Hazard:
     unread: bool = False  # saved, but backward would be right without it
     by: Literal["optimizer", "ddp"] | None = None  # the part of torch that wrote, where it is one of these
     late: bool = False  # found when backward asked for the value, not at the write
+    parameter: str | None = None  # the name of the parameter that the value is, or is a view of
     count: int = 0
     bytes_copied: int = 0
     told: bool = False  # by a warning
@@ -263,10 +281,16 @@ class Hazard:
             if site.columns and site.expression != site.source:
                 begin, end = site.columns
                 lines.append("    " + " " * (len(number) + begin) + paint(code, "^" * (end - begin)))
+            if site.module is not None:
+                lines.append(f"    in {site.module}")
+            if site.caller is not None:
+                lines.append(f"    called from {site.caller}")
+                lines.append(f"    {paint('2', f'{site.caller.lineno} | ')}{site.caller.source}")
         device = f" on {self.device}" if self.device.type != "cpu" else ""
         shape = ", ".join(map(str, self.shape))
         dtype = str(self.dtype).removeprefix("torch.")
-        lines.append(f"  {'value':<8}{dtype}[{shape}]{device}, {_bytes_in_words(self.nbytes)}")
+        parameter = f", parameter {self.parameter}" if self.parameter is not None else ""
+        lines.append(f"  {'value':<8}{dtype}[{shape}]{device}, {_bytes_in_words(self.nbytes)}{parameter}")
         lines += ["", *(f"  {number}. {remedy}" for number, remedy in enumerate(self.remedies, 1))]
         return "\n".join(lines)
 
@@ -279,6 +303,8 @@ class Hazard:
                 "lineno": value.lineno,
                 "function": value.function,
                 "source": value.source,
+                "module": value.module,
+                "caller": site(value.caller),
             }
 
         return {
@@ -290,6 +316,7 @@ class Hazard:
             "shape": list(self.shape),
             "dtype": str(self.dtype),
             "device": str(self.device),
+            "parameter": self.parameter,
             "count": self.count,
             "bytes_copied": self.bytes_copied,
             "remedies": self.remedies,
@@ -309,6 +336,7 @@ class _Report(Exception):
         self.shape = hazard.shape
         self.dtype = hazard.dtype
         self.device = hazard.device
+        self.parameter = hazard.parameter
         self.remedies = hazard.remedies
 
     def __str__(self) -> str:
@@ -320,8 +348,10 @@ class HazardError(_Report, RuntimeError):
     """A write would destroy (or, found in backward: has destroyed) a value that autograd saved. Nothing has been written
     where it is raised at the write; in backward, nothing has been computed from the value.
 
-    ``mutation`` and ``save`` are the two lines, each a :class:`Site`; ``op`` wrote, ``saved_by`` saved; ``shape``,
-    ``dtype`` and ``device`` are the saved value's. ``mutation`` and ``op`` are None where nothing saw the write.
+    ``mutation`` and ``save`` are the two lines, each a :class:`Site`, with the ``module`` that was being called and, for a
+    line of an installed package, the ``caller``; ``op`` wrote, ``saved_by`` saved; ``shape``, ``dtype`` and ``device`` are
+    the saved value's, and ``parameter`` is its name where it is a parameter.
+    ``mutation`` and ``op`` are None where nothing saw the write.
     """
 
 
@@ -625,7 +655,7 @@ def _is_of_a_module(value: torch.Tensor) -> bool:
 def _late(watch: guard, saved: _C.Saved) -> _Note:
     """The note that was made at the write, as it reads in backward."""
     if saved.note is None:
-        return watch._note("unseen", saved, None, (None, -1))
+        return watch._note("unseen", saved, None, _NOWHERE)
     key, hazard = saved.note
     if key[0] == "overwritten" and saved.lost:
         hazard = replace(hazard, late=True)
@@ -790,14 +820,14 @@ class guard:
 
     def _on_mismatch(self, saved: _C.Saved) -> None:
         """Backward asks for a value whose bytes have changed."""
-        hazard = self._found(self._note("corrupted", saved, None, (None, -1)), saved)
+        hazard = self._found(self._note("corrupted", saved, None, _NOWHERE), saved)
         if self.on_hazard == "warn":
             saved.release()
         _MODES[self.on_hazard].corrupted(self, hazard)
 
     def _compare(self, saved: _C.Saved, then: torch.Tensor, now: torch.Tensor) -> None:
         """The same on a device that works on its own: asked once, when backward is through, not at every value."""
-        key, described = self._note("corrupted", saved, None, (None, -1))
+        key, described = self._note("corrupted", saved, None, _NOWHERE)
         result = ((key, replace(described, **_value_of(saved))), then != now)
         task = torch._C._current_graph_task_id()
         if task == -1:
@@ -838,7 +868,9 @@ class guard:
     def _describe(self, kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
         save, mutation = _site(saved.place), _site(place)
         frame, by = _writer(place[0])
-        rewritten = out_of_place(place, op, frame) if kind == "overwritten" and op is not None else Rewritten()
+        rewritten = Rewritten()
+        if kind == "overwritten" and op is not None:
+            rewritten = out_of_place(*place[:2], op, frame)
         if saved.parameter and not rewritten.parameter:
             rewritten = Rewritten(parameter=True)
         return Hazard(
@@ -855,7 +887,7 @@ class guard:
 
     def _note(self, kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> _Note:
         """What happened between two lines is described once, while the frame that writes still runs."""
-        key = (kind, place, saved.place)
+        key = (kind, place[:2], saved.place[:2])
         hazard = self._described.get(key)
         if hazard is None:
             hazard = self._described.setdefault(key, self._describe(kind, saved, op, place))
@@ -870,7 +902,10 @@ class guard:
         with self._lock:
             hazard = self._hazards.get(key)
             if hazard is None:
-                hazard = replace(described, **_value_of(saved)) if saved is not None else described
+                hazard = described
+                if saved is not None:
+                    named = parameter_name(saved.value) if saved.parameter else None
+                    hazard = replace(described, parameter=named, **_value_of(saved))
                 self._hazards[key] = hazard
             hazard.count += 1
             hazard.bytes_copied += bytes_copied

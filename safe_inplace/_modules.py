@@ -1,0 +1,74 @@
+"""Where in a network: the path of a module, and the name of a parameter. Looked up when a report is made, and only then."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from . import _C
+
+# Of each module that was found: the one that holds it, and its name there.
+_parents: weakref.WeakKeyDictionary[Module, list[tuple[weakref.ref[Module], str]]] = weakref.WeakKeyDictionary()
+
+
+def _look() -> None:
+    """Finds all modules that there are: nothing in a module says who holds it."""
+    _parents.clear()
+    # The type is asked: a proxy's __class__ is what it stands for.
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), Module)]
+    for module in modules:
+        _parents.setdefault(module, [])
+    for module in modules:
+        for name, child in module.__dict__.get("_modules", {}).items():
+            if child is not None:
+                _parents.setdefault(child, []).append((weakref.ref(module), name))
+
+
+def _parent(module: Module) -> tuple[Module, str] | None:
+    for reference, name in _parents.get(module, ()):
+        parent = reference()
+        if parent is not None and parent._modules.get(name) is module:
+            return parent, name
+    return None
+
+
+def _path(module: Module) -> str:
+    """From the outermost module that holds it."""
+    names: list[str] = []
+    seen = {id(module)}
+    while (found := _parent(module)) is not None and id(found[0]) not in seen:
+        module, name = found
+        seen.add(id(module))
+        names.append(name)
+    return ".".join(reversed(names))
+
+
+def module_in_words(module: Module) -> str:
+    if module not in _parents:
+        _look()
+    words = type(module).__name__
+    if type(module).__module__.startswith("torch.nn.") and not module._modules:
+        words += f"({module.extra_repr()})"
+    path = _path(module)
+    return f"{path}: {words}" if path else words
+
+
+def _same_memory(parameter: Any, value: torch.Tensor) -> bool:
+    return parameter is not None and _C.guard_overlap(parameter, value)
+
+
+def parameter_name(value: torch.Tensor) -> str | None:
+    """The name of the parameter that a value is, or is a view of."""
+    for again in (False, True):
+        if again:
+            _look()
+        for module in list(_parents):
+            for name, parameter in module.__dict__.get("_parameters", {}).items():
+                if _same_memory(parameter, value):
+                    path = _path(module)
+                    return f"{path}.{name}" if path else name
+    return None
