@@ -84,12 +84,13 @@ struct OperatorFacts {
   std::vector<size_t> written; // positions of the arguments whose memory is written
   std::vector<size_t> relaid; // whose version rises though no byte of them changes: t_, resize_, set_
   std::vector<size_t> unannotated; // written by the kernels, though the schema does not say so
-  std::optional<size_t> only_if; // ... when this boolean argument is true
+  std::vector<size_t> unread; // saved for a second derivative that does not read it: batch norm's statistics, in its backward
+  std::optional<size_t> only_if; // ... the last two when this boolean argument is true
 
   explicit OperatorFacts(const c10::OperatorHandle& op);
 
   bool writes() const {
-    return !written.empty() || !relaid.empty() || !unannotated.empty();
+    return !written.empty() || !relaid.empty() || !unannotated.empty() || !unread.empty();
   }
 };
 
@@ -121,16 +122,19 @@ OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) {
   }
   const bool relays = op.hasTag(at::Tag::inplace_view) || name == "aten::resize_" || name == "aten::resize_as_" ||
       name == "aten::_resize_output_" || name == "aten::_coalesced_";
-  const bool batch_norm = name.find("batch_norm") != std::string::npos && name.find("backward") == std::string::npos &&
-      name.find("no_training") == std::string::npos;
+  const bool batch_norm =
+      name.find("batch_norm") != std::string::npos && name.find("no_training") == std::string::npos;
+  const bool backward = name.find("backward") != std::string::npos;
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
     const auto& argument = schema.arguments()[i];
     if (batch_norm && (argument.name() == "running_mean" || argument.name() == "running_var")) {
-      unannotated.push_back(i);
+      (backward ? unread : unannotated).push_back(i);
     } else if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) {
       (relays ? relaid : written).push_back(i);
     }
-    if (batch_norm && (argument.name() == "training" || argument.name() == "train")) {
+    const bool trains = argument.name() == "training" || argument.name() == "train" ||
+        (backward && argument.name() == "update");
+    if (batch_norm && trains) {
       only_if = i;
     }
   }
@@ -567,7 +571,7 @@ class Judging {
 
 thread_local const Judging* Judging::current = nullptr;
 
-enum class Change { bytes, unannotated_bytes, layout };
+enum class Change { bytes, unannotated_bytes, layout, none };
 
 // The writes of one operator: judged before it runs, and once more after it.
 class Writes {
@@ -581,6 +585,7 @@ class Writes {
     look(facts.relaid, arguments, Change::layout);
     if (trains) {
       look(facts.unannotated, arguments, Change::unannotated_bytes);
+      look(facts.unread, arguments, Change::none);
     }
     judged_ = true;
   }
@@ -658,8 +663,11 @@ class Writes {
         entry_.targets.push_back(
             {tensor.unsafeGetTensorImpl(), extent, counter.enabled() ? counter.current_version() : 0});
       }
-    } else if (saves && change == Change::unannotated_bytes) {
+    } else if (saves && change != Change::layout) {
       entry_.statistics.insert(entry_.statistics.end(), extents.begin(), extents.end());
+    }
+    if (change == Change::none) {
+      return;
     }
     if (std::any_of(extents.begin(), extents.end(), [](const Extent& e) { return ledger().has(e.base); })) {
       const bool refused = refused_by_torch(tensor);

@@ -382,6 +382,16 @@ def test_advice_where_an_update_meets_a_graph_that_is_asked_for():
     assert "torch.no_grad()" in second and "detach()" in second and "drop the outputs" in second
 
 
+@pytest.mark.parametrize("mode", ["raise", "defer", "copy"])
+def test_statistics_that_a_differentiated_backward_saves_and_does_not_read(mode):
+    norm, x = nn.BatchNorm1d(4), batch(5).requires_grad_()
+    with guard(mode, verify=True) as watched:
+        (gradient,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+        norm(batch(5))
+        gradient.square().sum().backward()
+    assert watched.hazards == []
+
+
 # ---- where raise still stops at the write
 
 
