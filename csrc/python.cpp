@@ -313,9 +313,9 @@ py::object make_door(const std::string& name, const std::string& documentation, 
 
 // With an index limit: the CUDA kernels' code, run on the host, takes the place of the CPU's kernels; with None, the
 // CPU's are back.
-void simulate_cuda(std::optional<int64_t> index_limit, bool reversed) {
+void simulate_cuda(std::optional<int64_t> index_limit, bool reversed, int64_t target_blocks) {
   if (index_limit.has_value()) {
-    start_simulation({reversed, *index_limit});
+    start_simulation({reversed, *index_limit, target_blocks});
   } else {
     stop_simulation();
   }
@@ -343,7 +343,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("op_table", op_table);
   m.def("build_info", build_info);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });
-  m.def("_simulate_cuda", simulate_cuda, py::arg("index_limit"), py::arg("reversed") = false);
+  m.def("_simulate_cuda", simulate_cuda, py::arg("index_limit"), py::arg("reversed") = false,
+        py::arg("target_blocks") = Simulation{}.target_blocks);
   m.def("_simulated_launches", simulated_launches);
   if (!bind_guard(m.ptr())) {
     throw py::error_already_set();

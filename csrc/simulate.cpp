@@ -39,6 +39,10 @@ class HostLauncher {
     return simulation_.index_limit;
   }
 
+  int64_t target_blocks() const {
+    return simulation_.target_blocks;
+  }
+
   template <class Kernel>
   void map(const typename Kernel::Params& params, int64_t blocks, const tiles::Trace& trace) {
     record(blocks, trace);

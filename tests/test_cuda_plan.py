@@ -22,6 +22,7 @@ from safe_inplace import _C
 from .checks import assert_bit_equal, assert_close, assert_storage_bit_equal, grad_tolerance
 from .layouts import KERNEL_DTYPES, LARGE, MEDIUM, SMALL, TAILS, arrange, random_tensor, short, twin
 from .op_table import BY_NAME, EXACT, FUSED, OPS
+from .test_reductions import MOST_UNITS, units_off
 from .test_values import check
 
 op_ids = {"ids": lambda op: op.name}
@@ -30,8 +31,8 @@ VECTOR = {dtype: 16 // dtype.itemsize for dtype in KERNEL_DTYPES}
 
 
 @contextmanager
-def simulated(index_limit=INDEX_LIMIT, reversed=False):
-    _C._simulate_cuda(index_limit, reversed)
+def simulated(index_limit=INDEX_LIMIT, reversed=False, **more):
+    _C._simulate_cuda(index_limit, reversed, **more)
     try:
         yield
     finally:
@@ -258,6 +259,33 @@ def test_operands_of_different_patterns(op, name):
             _, seen = compare_backward(op, tensors, grad_output, {}, [True] * len(tensors), owned, {})
             reductions = [launch for launch in seen if launch["kernel"] == "reduce"]
             assert len(reductions) == 1, "one reading of the gradient"
+
+
+# Shape, operands, and how many blocks are aimed at: few, so that a thread adds up as much as it would of gigabytes.
+LONG_SUMS = {
+    "columns": ((100_000, 4), [(4,), (4,)], 1),
+    "odd columns": ((60_000, 9), [(9,), (9,)], 1),
+    "rows": ((2, 600_000), [(2, 1), (2, 1)], 1),
+    "odd rows": ((2, 300_001), [(2, 1), (2, 1)], 1),
+    "channels": ((2000, 3, 14, 14), [(3, 1, 1), (3, 1, 1)], 1),
+    "small images": ((4000, 3, 7, 7), [(3, 1, 1), (3, 1, 1)], 1),
+    "everything": ((1_000_000,), [(), ()], 1),
+    "partial sums of columns": ((200_000, 4), [(4,), (4,)], 2048),
+    "partial sums of a vector and all": ((1, 900_000), [(), (900_000,)], 1),
+}
+
+
+@pytest.mark.parametrize("name", LONG_SUMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=short)
+def test_long_sums_keep_their_digits(name, dtype):
+    shape, operands, blocks = LONG_SUMS[name]
+    value = complex(0.1, 0.1) if dtype.is_complex else 0.1
+    for limit in (INDEX_LIMIT, 1):
+        with simulated(limit, target_blocks=blocks):
+            launches()
+            units = units_off(BY_NAME["mul_add_"], shape, "dense", operands, dtype, value, [1, 2])
+            assert {launch["kernel"] for launch in launches()[1:]} <= {"reduce", "finish"}
+        assert max(units) < MOST_UNITS
 
 
 def test_patterns_with_little_in_common_are_summed_one_after_the_other():

@@ -386,6 +386,7 @@ struct Reduce {
   SI_INLINE static void accumulate(const Params& p, uint32_t block, uint32_t thread, Shared& shared) {
     const Place place = locate(p, block, thread);
     M sums[2][V] = {};
+    bool more = false; // of this thread's sums are in shared memory
     if (place.live) {
       uint64_t base[1][kSlots + 2] = {};
       const I outer[1] = {place.outer};
@@ -406,26 +407,47 @@ struct Reduce {
         end -= begin;
         begin = 0;
       }
+      I at = begin + place.lane;
       SI_ROLLED
-      for (I at = begin + place.lane; at < end; at += U * lanes) {
-        round(p, base[0], at, lanes, end, sums);
+      while (at < end) {
+        // What is left may be less than a run, whose end may not fit the index.
+        const I stop = end - at < p.run ? end : at + p.run;
+        SI_ROLLED
+        for (; at < stop; at += U * lanes) {
+          round(p, base[0], at, lanes, end, sums);
+        }
+        if (at < end) {
+          put_aside(p, thread, more, sums, shared);
+          more = true;
+        }
       }
     }
+    put_aside(p, thread, more, sums, shared);
+  }
+
+  // Adds what a thread has summed up in registers to its sums in shared memory, and starts anew: long chains of additions
+  // lose digits, and a second set of registers would cost a spill.
+  SI_INLINE static void put_aside(const Params& p, uint32_t thread, bool more, M (&sums)[2][V], Shared& shared) {
     SI_UNROLL
     for (int i = 0; i < 2; ++i) {
       if (i + 1 < Body::outs && p.sums[i].wanted) {
         if (p.sums[i].per_column) {
           SI_UNROLL
           for (int j = 0; j < V; ++j) {
-            shared.sums[i][j][thread] = sums[i][j];
+            M& aside = shared.sums[i][j][thread];
+            aside = more ? aside + sums[i][j] : sums[i][j];
+            sums[i][j] = M{};
           }
         } else {
           M total = sums[i][0];
+          sums[i][0] = M{};
           SI_UNROLL
           for (int j = 1; j < V; ++j) {
             total = total + sums[i][j];
+            sums[i][j] = M{};
           }
-          shared.sums[i][0][thread] = total;
+          M& aside = shared.sums[i][0][thread];
+          aside = more ? aside + total : total;
         }
       }
     }
@@ -553,8 +575,9 @@ struct Finish {
     const Place place = locate(p, block, thread);
     const FinishSum<M>& sum = p.sums[place.which];
     const uint32_t lanes = 1u << sum.log_lanes;
-    M total{};
+    M total{}, run{};
     if (place.result < sum.count) {
+      uint32_t rounds = 0;
       SI_ROLLED
       for (uint32_t term = place.lane; term < sum.terms; term += U * lanes) {
         M values[U];
@@ -564,12 +587,20 @@ struct Finish {
           values[u] = at < sum.terms ? sum.partials[at * sum.count + place.result] : M{};
         }
         SI_UNROLL
-        for (int u = 0; u < U; ++u) {
-          total = total + values[u];
+        for (int distance = U / 2; distance > 0; distance /= 2) {
+          SI_UNROLL
+          for (int u = 0; u < distance; ++u) {
+            values[u] = values[u] + values[u + distance];
+          }
+        }
+        run = run + values[0];
+        if ((++rounds & (sum.run - 1)) == 0) {
+          total = total + run;
+          run = M{};
         }
       }
     }
-    shared.sums[thread] = total;
+    shared.sums[thread] = total + run;
   }
 
   // Lanes are `kThreads >> log_lanes` threads apart; the tree ends there.

@@ -36,6 +36,7 @@ class CudaLauncher {
   CudaLauncher() : stream_(c10::cuda::getCurrentCUDAStream()) {}
 
   int64_t index_limit() const { return kIndexLimit; }
+  int64_t target_blocks() const { return kTargetBlocks; }
 
   template <class Kernel>
   void map(const typename Kernel::Params& params, int64_t blocks, const Trace&) {

@@ -1,7 +1,7 @@
 // From a plan to launches, for any launcher: the device's, and the simulator's. A launcher has
 //   map<Kernel>(params, blocks, Trace), reduce<Kernel>(params, blocks, Trace),
 //   workspace(bytes): memory that lives as long as the value it returns, with .data(),
-//   index_limit().
+//   index_limit(), target_blocks().
 #pragma once
 
 #include <stdexcept>
@@ -114,7 +114,8 @@ template <class Kernel, class I, class Launcher>
 Outcome launch_reduction(const Problem& problem, const SumTargets& targets, int op, typename Kernel::M parameter,
                          int width, Launcher& launcher) {
   using T = typename Kernel::Element;
-  auto plan = make_reduction<T, I>(problem, targets, width, Kernel::U, launcher.index_limit());
+  auto plan = make_reduction<T, I>(problem, targets, width, Kernel::U, launcher.index_limit(),
+                                   launcher.target_blocks());
   if (sizeof(I) == 4 && !(plan.fits && strides_fit(problem, width, launcher.index_limit()))) {
     return Outcome::IndexTooNarrow;
   }

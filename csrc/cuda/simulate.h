@@ -18,6 +18,7 @@ struct SimulatedLaunch {
 struct Simulation {
   bool reversed = false; // blocks and threads last to first: what is right must not depend on it
   int64_t index_limit = int64_t(1) << 31; // from which on indices take 64 bits
+  int64_t target_blocks = 2048; // of a reduction: with fewer, threads sum more
 };
 
 // Replaces the CPU's kernels until stop_simulation.

@@ -177,6 +177,7 @@ struct ReduceParams {
   I outer_count = 1;
   I loop_count = 1;
   I chunk = 1;
+  I run = 1; // of the loop, after which threads put their sums aside
   Divisor<uint32_t> column_blocks;
   Divisor<uint32_t> outer_blocks;
   I column_strides[kSlots] = {};
@@ -196,11 +197,15 @@ struct FinishSum {
   uint64_t count = 0;
   uint32_t terms = 0;
   uint32_t log_lanes = 0;
+  uint32_t run = 1; // rounds, a power of two
   Store store = Store::Narrow;
   Nest<uint64_t, 1> nest;
 };
 
 constexpr int kFinishUnroll = 8;
+
+// Rounds of loads; shorter runs would cost time.
+constexpr int64_t kShortestRun = 8;
 
 template <class M>
 struct FinishParams {
@@ -411,6 +416,16 @@ MapParams<M, uint32_t> make_ragged(const Problem& problem, int width, int unroll
   return params;
 }
 
+// How many rounds a thread of `rounds` adds up, `terms` of them in a round, before it puts the sum aside and starts anew: so
+// many that both chains of additions, in a run and of the runs, are about equally long. A power of two.
+inline int64_t choose_run(int64_t rounds, int64_t terms) {
+  int64_t run = kShortestRun;
+  while (run * run * terms < rounds) {
+    run *= 2;
+  }
+  return run;
+}
+
 template <class M, class I>
 struct Reduction {
   ReduceParams<M, I> params;
@@ -434,7 +449,7 @@ inline int64_t workspace_budget(const Problem& problem) {
 
 template <class T, class I>
 Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& targets, int width, int unroll,
-                                     int64_t index_limit) {
+                                     int64_t index_limit, int64_t target_blocks) {
   using M = Math<T>;
   const Shape& shape = problem.shape;
   Reduction<M, I> result;
@@ -496,7 +511,7 @@ Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& t
     spread[i] *= by_column && !keeps(i, 0) ? column_blocks : 1;
     bytes_per_chunk = std::max(bytes_per_chunk, results[i] * spread[i] * int64_t(sizeof(M)));
   }
-  int64_t chunks = std::max<int64_t>(kTargetBlocks / (column_blocks * outer_blocks), 1);
+  int64_t chunks = std::max<int64_t>(target_blocks / (column_blocks * outer_blocks), 1);
   chunks = std::min(chunks, std::max<int64_t>(loop_count / (lanes * unroll * 2), 1));
   chunks = std::min(chunks, std::max<int64_t>(workspace_budget(problem) / bytes_per_chunk, 1));
   const int64_t chunk = ceil_divide(loop_count, chunks);
@@ -507,6 +522,7 @@ Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& t
   params.outer_count = I(outer_count);
   params.loop_count = I(loop_count);
   params.chunk = I(chunk);
+  params.run = I(lanes * unroll * choose_run(ceil_divide(chunk, lanes * unroll), unroll));
   params.column_blocks = Divisor<uint32_t>(column_blocks);
   params.outer_blocks = Divisor<uint32_t>(outer_blocks);
   int64_t largest = std::max({loop_count + lanes * unroll, outer_count + groups, columns});
@@ -588,6 +604,7 @@ Reduction<Math<T>, I> make_reduction(const Problem& problem, const SumTargets& t
     finish.log_lanes =
         std::min<uint32_t>(floor_log2(std::max<int64_t>(terms / kFinishUnroll, 1)),
                            kLogThreads - std::min(ceil_log2(results[i]), floor_log2(32 / int64_t(sizeof(M)))));
+    finish.run = uint32_t(choose_run(ceil_divide(terms, int64_t(kFinishUnroll) << finish.log_lanes), 1));
     finish.nest.ndim = 0;
     for (int d = 0; d < shape.ndim; ++d) {
       if (keeps(i, d)) {
