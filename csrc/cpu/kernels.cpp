@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 
@@ -41,6 +42,37 @@ constexpr int64_t kBlock = 512;
 // A row shorter than this is not worth a call of its own.
 constexpr int64_t kShortRow = 48;
 constexpr int64_t kGrain = 32768;
+
+// Buffers for the threads of one call. Not on their stacks: a thread may have 64 KiB for everything. And taken before the
+// first byte is written, so that where there is no memory nothing is half done.
+class Scratch {
+ public:
+  Scratch(int64_t bytes, int64_t threads) : bytes_(aligned(bytes)) {
+    if (bytes_ * threads <= int64_t(sizeof own_)) {
+      first_ = own_;
+    } else {
+      memory_.reset(new char[bytes_ * threads + kLine]);
+      first_ = reinterpret_cast<char*>(aligned(reinterpret_cast<intptr_t>(memory_.get())));
+    }
+  }
+
+  // A part that is nobody else's: parallel_for calls its function at most once for each thread.
+  char* part() {
+    return first_ + bytes_ * parts_.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  static int64_t aligned(int64_t bytes) {
+    return (bytes + kLine - 1) / kLine * kLine;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  int64_t bytes_;
+  char* first_;
+  std::unique_ptr<char[]> memory_;
+  std::atomic<int64_t> parts_{0};
+  alignas(kLine) char own_[512]; // enough for a small call
+};
 
 DType math_dtype(DType dtype) {
   return dtype == DType::Half || dtype == DType::BFloat16 ? DType::Float : dtype;
@@ -212,7 +244,7 @@ struct Walk {
 struct ForwardOperand {
   enum Source {
     Memory, // the operand itself
-    Constant, // one value, in the buffer
+    Constant, // one value
     OnePerRow, // one value for each row, in the buffer if they have to be widened
     Copied, // the elements that the loop is to see, in the buffer
     Periodic, // the same, but the buffer, once filled from the start of a row, stays valid
@@ -221,19 +253,21 @@ struct ForwardOperand {
   const Arg* arg;
   RowOperand kind = kOne;
   Source source = Constant;
+  int64_t bytes = 0; // of the buffer
+  char* buffer = nullptr; // of this thread
   const char* held = nullptr; // the row that the buffer holds, for Periodic and Repeated
-  alignas(64) char buffer[kBlock * 16];
+  alignas(16) char constant[16];
 
   void prepare(const ForwardPlan& plan, const Arg& operand, const Walk& walk) {
     arg = &operand;
     const Shape& shape = plan.shape;
     const DType math = math_dtype(plan.dtype);
     if (operand.data == nullptr) {
-      store_number(math, operand.number, buffer);
+      store_number(math, operand.number, constant);
       return;
     }
     if (is_constant(shape, operand)) {
-      load_math(operand.dtype, static_cast<const char*>(operand.data), buffer);
+      load_math(operand.dtype, static_cast<const char*>(operand.data), constant);
       return;
     }
     kind = operand.dtype == plan.dtype ? kOwn : kMath;
@@ -252,11 +286,16 @@ struct ForwardOperand {
     } else {
       source = Memory;
     }
+    const int64_t block = std::min(kBlock, shape.numel);
+    bytes = limits_columns()                           ? block * dtype_size[int(operand.dtype)]
+        : source == OnePerRow && operand.dtype != math ? block * dtype_size[int(math)]
+        : source == Repeated ? shape.sizes[0] * walk.stack * dtype_size[int(math)]
+                             : 0;
   }
 
-  // Half of the buffer: two operands of 8 KiB each would crowd the input out of the first-level cache.
+  // In 4 KiB: two operands of 8 KiB each would crowd the input out of the first-level cache.
   static int64_t capacity(DType dtype) {
-    return int64_t(sizeof buffer) / 2 / dtype_size[int(math_dtype(dtype))];
+    return 4096 / dtype_size[int(math_dtype(dtype))];
   }
 
   static bool repeats(const Shape& shape, const Arg& arg) {
@@ -277,7 +316,7 @@ struct ForwardOperand {
   const void* at(const Shape& shape, const Index& index, const Walk& walk, int64_t rows, int64_t n, int64_t& stride) {
     stride = 0;
     if (source == Constant) {
-      return buffer;
+      return constant;
     }
     const char* const data = address(*arg, offset_of(shape, *arg, index));
     const int64_t row_stride = shape.ndim > 1 ? arg->strides[1] : 0;
@@ -313,7 +352,7 @@ struct ForwardOperand {
   }
 };
 
-Walk choose_walk(const ForwardPlan& plan, int64_t elements) {
+Walk choose_walk(const ForwardPlan& plan) {
   const Shape& shape = plan.shape;
   Walk walk;
   if (shape.ndim == 1) {
@@ -329,7 +368,7 @@ Walk choose_walk(const ForwardPlan& plan, int64_t elements) {
   }
   if (stackable) {
     // Few rows are not worth the filling of the buffer.
-    const int64_t worthwhile = std::min(elements / inner, shape.sizes[1]) / 4;
+    const int64_t worthwhile = shape.sizes[1] / 4;
     walk.stack = std::max<int64_t>(1, std::min(worthwhile, ForwardOperand::capacity(plan.dtype) / inner));
   }
   walk.short_rows = inner * walk.stack < kShortRow;
@@ -339,28 +378,57 @@ Walk choose_walk(const ForwardPlan& plan, int64_t elements) {
   return walk;
 }
 
-// Forward over the elements [begin, end) in the plan's order.
-void forward_range(const ForwardPlan& plan, int64_t begin, int64_t end) {
+// A forward call: what is the same for all its threads.
+struct ForwardPass {
+  const ForwardPlan& plan;
+  const Walk walk = choose_walk(plan);
+  const bool copy_input = is_copied(plan.input);
+  const bool copy_kept = plan.kept.data != nullptr && is_copied(plan.kept);
+  const int64_t copied_bytes = Scratch::aligned(std::min(kBlock, plan.shape.numel) * dtype_size[int(plan.dtype)]);
+  bool limited = copy_input || copy_kept;
+  ForwardOperand operands[2];
+  ForwardRows forward_rows;
+  alignas(16) char parameter[16];
+
+  explicit ForwardPass(const ForwardPlan& forward_plan) : plan(forward_plan) {
+    for (int i = 0; i < 2; ++i) {
+      operands[i].prepare(plan, plan.operands[i], walk);
+      limited = limited || operands[i].limits_columns();
+    }
+    store_number(math_dtype(plan.dtype), plan.parameter, parameter);
+    forward_rows = row_table().forward[plan.op][int(plan.dtype)][operands[0].kind][operands[1].kind];
+    TORCH_INTERNAL_ASSERT_DEBUG_ONLY(forward_rows != nullptr);
+  }
+
+  bool is_copied(const Arg& arg) const {
+    return walk.short_rows ? !is_linear(plan.shape, arg) : arg.strides[0] != 1;
+  }
+
+  // What a thread needs in buffers.
+  int64_t scratch_bytes() const {
+    return Scratch::aligned(operands[0].bytes) + Scratch::aligned(operands[1].bytes) +
+        (copy_input ? copied_bytes : 0) + (copy_kept ? copied_bytes : 0);
+  }
+
+  void run(int64_t begin, int64_t end, char* scratch) const;
+};
+
+// Over the elements [begin, end) in the plan's order.
+void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
   const Shape& shape = plan.shape;
   const int64_t inner = shape.sizes[0];
-  const Walk walk = choose_walk(plan, end - begin);
-  const bool copy_input = walk.short_rows ? !is_linear(shape, plan.input) : plan.input.strides[0] != 1;
-  const bool copy_kept = plan.kept.data != nullptr &&
-      (walk.short_rows ? !is_linear(shape, plan.kept) : plan.kept.strides[0] != 1);
-
-  ForwardOperand operands[2];
-  bool limited = copy_input || copy_kept;
-  for (int i = 0; i < 2; ++i) {
-    operands[i].prepare(plan, plan.operands[i], walk);
-    limited = limited || operands[i].limits_columns();
+  const auto next_buffer = [&](int64_t bytes) {
+    char* const buffer = scratch;
+    scratch += Scratch::aligned(bytes);
+    return buffer;
+  };
+  ForwardOperand own[2] = {operands[0], operands[1]};
+  for (ForwardOperand& operand : own) {
+    operand.buffer = next_buffer(operand.bytes);
   }
-  alignas(16) char parameter[16];
-  store_number(math_dtype(plan.dtype), plan.parameter, parameter);
-  const ForwardRows forward_rows = row_table().forward[plan.op][int(plan.dtype)][operands[0].kind][operands[1].kind];
-  TORCH_INTERNAL_ASSERT_DEBUG_ONLY(forward_rows != nullptr);
+  char* const input_buffer = next_buffer(copy_input ? copied_bytes : 0);
+  char* const kept_buffer = scratch;
 
-  alignas(64) char input_buffer[kBlock * 16];
-  alignas(64) char kept_buffer[kBlock * 16];
   ForwardBlock block;
   block.parameter = parameter;
   block.kept = nullptr;
@@ -385,7 +453,7 @@ void forward_range(const ForwardPlan& plan, int64_t begin, int64_t end) {
       block.n = std::min(left, to_row_end);
     }
     for (int i = 0; i < 2; ++i) {
-      block.operands[i] = operands[i].at(shape, index, walk, block.rows, block.n, block.operand_strides[i]);
+      block.operands[i] = own[i].at(shape, index, walk, block.rows, block.n, block.operand_strides[i]);
     }
     block.input = address(plan.input, offset_of(shape, plan.input, index));
     if (copy_input) {
@@ -426,8 +494,10 @@ void forward(const ForwardPlan& plan) {
   if (plan.kept.data != nullptr) {
     prefer_large_pages(plan.kept, plan.shape.numel);
   }
+  const ForwardPass pass(plan);
+  Scratch scratch(pass.scratch_bytes(), plan.shape.numel <= kGrain ? 1 : at::get_num_threads());
   at::parallel_for(0, plan.shape.numel, kGrain,
-                   [&](int64_t begin, int64_t end) { forward_range(plan, begin, end); });
+                   [&](int64_t begin, int64_t end) { pass.run(begin, end, scratch.part()); });
 }
 
 // The iteration space of one chunk of the backward pass.
@@ -485,6 +555,44 @@ Split choose_split(const BackwardPlan& plan) {
   return best;
 }
 
+// Rows and columns that a block of the backward pass covers at most.
+constexpr int64_t kBlockColumns = 2048;
+constexpr int64_t kBlockRows = 1024;
+constexpr int64_t kBlockElements = 4096;
+
+// How a chunk is cut into blocks: as the largest chunk asks for, so that all are cut alike.
+struct Cut {
+  int64_t columns = 1; // of a block
+  int64_t rows = 1;
+  int64_t column_blocks = 1; // side by side in a chunk
+  int64_t row_blocks = 1;
+};
+
+Cut choose_cut(const Shape& shape, const Split& split) {
+  const auto extent = [&](int dim) {
+    return dim >= shape.ndim ? 1 : split.dim == dim ? std::min(split.step, shape.sizes[dim]) : shape.sizes[dim];
+  };
+  const int64_t width = extent(0), height = extent(1);
+  Cut cut;
+  cut.columns = width;
+  if (width > kBlockColumns) {
+    // Even parts of whole cache lines.
+    const int64_t parts = (width + kBlockColumns - 1) / kBlockColumns;
+    cut.columns = (width + parts * 64 - 1) / (parts * 64) * 64;
+  }
+  cut.rows = std::min({height, kBlockRows, std::max<int64_t>(1, kBlockElements / cut.columns)});
+  cut.column_blocks = (width + cut.columns - 1) / cut.columns;
+  cut.row_blocks = (height + cut.rows - 1) / cut.rows;
+  return cut;
+}
+
+// Sums are added up in levels, each in chains of about this many terms. A running sum of n equal terms may be off by n/2
+// units in the last place, for its roundings all go one way; this way the error grows with the logarithm of n. The
+// longest chains: in a block, 32 (a row in vector registers, or 16 groups of four rows, or 32 sums of 32 rows); of blocks,
+// 16 at each level, and three levels for 2^26 elements; of chunks, 8 and 8.
+constexpr int64_t kChain = 16;
+constexpr int64_t kFinishChain = 8;
+
 // One gradient of the backward pass.
 struct Gradient {
   int position = 0; // of the operand: input, first, second
@@ -495,8 +603,12 @@ struct Gradient {
   int turn = 0; // what is written over the kept value follows its readers, what is written over the gradient is last
   bool copied = false; // stored through a buffer
   RowTarget target = kStoreOwn;
-  char* sums = nullptr; // partial sums of all chunks, in the arithmetic dtype
-  int64_t sums_per_chunk = 0; // 0: the chunks own disjoint parts
+  char* sums = nullptr; // partial sums of all chunks, in the arithmetic dtype, one level after the other
+  int64_t sums_per_chunk = 0; // elements; 0: the chunks own disjoint parts
+  int levels = 1;
+  int64_t run = 1; // visits to an element's first level until that is moved on
+  // The dot product with a block's numbers along each dimension counts the visits to the block's elements before it.
+  Index visits = {};
   alignas(16) char multiplier[16];
 };
 
@@ -522,15 +634,27 @@ const char* read_block(const Shape& shape, const Arg& arg, const Index& index, i
   return buffer;
 }
 
-// Rows and columns that a block of the backward pass covers at most.
-constexpr int64_t kBlockColumns = 2048;
-constexpr int64_t kBlockElements = 4096;
+// Calls function with a value of the arithmetic dtype.
+template <class Function>
+void with_math(DType math, Function&& function) {
+  switch (math) {
+    case DType::Float:
+      return function(float{});
+    case DType::Double:
+      return function(double{});
+    case DType::ComplexFloat:
+      return function(Complex<float>{});
+    default:
+      return function(Complex<double>{});
+  }
+}
 
 struct Backward {
   const BackwardPlan& plan;
   const DType math = math_dtype(plan.dtype);
   const int64_t math_size = dtype_size[int(math)];
-  Split split = choose_split(plan);
+  const Split split = choose_split(plan);
+  const Cut cut = choose_cut(plan.shape, split);
   Gradient gradients[3];
   int count = 0;
   std::unique_ptr<char[]> sums;
@@ -576,12 +700,43 @@ struct Backward {
     }
   }
 
+  // How many levels the sums take, and how the visits to an element are counted.
+  void choose_levels(Gradient& gradient) const {
+    const Shape& shape = plan.shape;
+    const auto& strides = gradient.out->strides;
+    int64_t visits = 1;
+    const auto visited_along = [&](int dim, int64_t blocks) {
+      if (strides[dim] == 0) {
+        gradient.visits[dim] = visits;
+        visits *= blocks;
+      }
+    };
+    // From the innermost of run_chunk's loops to the outermost.
+    if (shape.ndim > 1) {
+      visited_along(1, cut.row_blocks);
+    }
+    visited_along(0, cut.column_blocks);
+    for (int dim = 2; dim < shape.ndim; ++dim) {
+      visited_along(dim, dim == split.dim ? split.step : shape.sizes[dim]);
+    }
+    // A block adds a row's or a column's sum at once, or by fours, or what it has summed up of 64 rows.
+    const bool by_columns = strides[0] == 1 && shape.ndim > 1 && strides[1] == 0;
+    const int64_t additions = !by_columns ? 1 : cut.rows > 64 ? cut.rows / 64 + 1 : cut.rows / 4 + cut.rows % 4;
+    gradient.run = std::max<int64_t>(1, kChain / additions);
+    gradient.levels = 1;
+    int64_t left = visits > 2 * gradient.run ? visits / gradient.run : 0;
+    for (; left > 0; left = left > kChain ? left / kChain : 0) {
+      ++gradient.levels;
+    }
+  }
+
   void allocate_sums() {
     int64_t elements = 0;
     for (int i = 0; i < count; ++i) {
       Gradient& gradient = gradients[i];
       if (gradient.reduced) {
-        const int64_t numel = plan.numel[gradient.position];
+        choose_levels(gradient);
+        const int64_t numel = plan.numel[gradient.position] * gradient.levels;
         const bool shared = gradient.out->strides[split.dim] == 0 && split.chunks > 1;
         gradient.sums_per_chunk = shared ? numel : 0;
         elements += shared ? numel * split.chunks : numel;
@@ -596,27 +751,68 @@ struct Backward {
       Gradient& gradient = gradients[i];
       if (gradient.reduced) {
         gradient.sums = next;
-        const int64_t numel = plan.numel[gradient.position];
+        const int64_t numel = plan.numel[gradient.position] * gradient.levels;
         next += (gradient.sums_per_chunk != 0 ? numel * split.chunks : numel) * math_size;
       }
     }
   }
 
+  struct Buffers {
+    char* grad;
+    char* factor;
+    char* out;
+  };
+
+  // What a block needs of each buffer: nothing where the kernels can work in the tensors themselves.
+  struct BufferSizes {
+    int64_t grad = 0, factor = 0, out = 0;
+
+    int64_t total() const { return grad + factor + out; }
+    Buffers within(char* scratch) const { return {scratch, scratch + grad, scratch + grad + factor}; }
+  };
+
+  BufferSizes buffer_sizes() const {
+    const int64_t elements = cut.rows * cut.columns;
+    const auto of_elements = [&](const Arg& arg) { return Scratch::aligned(elements * dtype_size[int(arg.dtype)]); };
+    BufferSizes sizes;
+    if (plan.grad.strides[0] != 1) {
+      sizes.grad = of_elements(plan.grad);
+    }
+    for (int i = 0; i < count; ++i) {
+      const Gradient& gradient = gradients[i];
+      if (gradient.factor_kind == kFactorOwn || gradient.factor_kind == kFactorMath) {
+        const Arg& factor = *gradient.factor;
+        const bool widened = factor.strides[0] == 0 && factor.dtype != math;
+        const int64_t bytes = widened ? Scratch::aligned(cut.rows * math_size)
+            : factor.strides[0] > 1  ? of_elements(factor)
+                                      : 0;
+        sizes.factor = std::max(sizes.factor, bytes);
+      }
+      if (gradient.copied) {
+        sizes.out = std::max(sizes.out, of_elements(*gradient.out));
+      }
+    }
+    return sizes;
+  }
+
   void run() {
-    at::parallel_for(0, split.chunks, plan.shape.numel < 2 * kGrain ? split.chunks : 1,
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t chunk = begin; chunk < end; ++chunk) {
-                         run_chunk(chunk);
-                       }
-                     });
+    const BufferSizes sizes = buffer_sizes();
+    const bool alone = split.chunks == 1 || plan.shape.numel < 2 * kGrain;
+    Scratch scratch(sizes.total(), alone ? 1 : at::get_num_threads());
+    at::parallel_for(0, split.chunks, alone ? split.chunks : 1, [&](int64_t begin, int64_t end) {
+      const Buffers buffers = sizes.within(scratch.part());
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        run_chunk(chunk, buffers);
+      }
+    });
     for (int i = 0; i < count; ++i) {
       if (gradients[i].reduced) {
-        finish(gradients[i]);
+        with_math(math, [&](auto tag) { finish<decltype(tag)>(gradients[i]); });
       }
     }
   }
 
-  void run_chunk(int64_t chunk) const {
+  void run_chunk(int64_t chunk, const Buffers& buffers) const {
     const Shape& shape = plan.shape;
     Box box;
     for (int dim = 0; dim < shape.ndim; ++dim) {
@@ -626,31 +822,29 @@ struct Backward {
     box.high[split.dim] = std::min(shape.sizes[split.dim], box.low[split.dim] + split.step);
     const int64_t height = shape.ndim > 1 ? box.high[1] - box.low[1] : 1;
 
-    alignas(64) char grad_buffer[kBlockElements * 16];
-    alignas(64) char factor_buffer[kBlockElements * 16];
-    alignas(64) char out_buffer[kBlockElements * 16];
     Index index = box.low;
+    Index number = {}; // of the block, along each dimension
     while (true) {
-      for (int64_t column = box.low[0]; column < box.high[0];) {
-        const int64_t n = std::min(kBlockColumns, box.high[0] - column);
-        const int64_t most_rows = std::max<int64_t>(1, kBlockElements / n);
-        for (int64_t row = 0; row < height;) {
-          const int64_t rows = std::min(most_rows, height - row);
+      number[0] = 0;
+      for (int64_t column = box.low[0]; column < box.high[0]; column += cut.columns, ++number[0]) {
+        const int64_t n = std::min(cut.columns, box.high[0] - column);
+        number[1] = 0;
+        for (int64_t row = 0; row < height; row += cut.rows, ++number[1]) {
           index[0] = column;
           if (shape.ndim > 1) {
             index[1] = box.low[1] + row;
           }
-          run_block(chunk, index, rows, n, grad_buffer, factor_buffer, out_buffer);
-          row += rows;
+          run_block(chunk, index, number, std::min(cut.rows, height - row), n, buffers);
         }
-        column += n;
       }
       int dim = 2;
       for (; dim < shape.ndim; ++dim) {
+        ++number[dim];
         if (++index[dim] < box.high[dim]) {
           break;
         }
         index[dim] = box.low[dim];
+        number[dim] = 0;
       }
       if (dim >= shape.ndim) {
         return;
@@ -658,13 +852,14 @@ struct Backward {
     }
   }
 
-  void run_block(int64_t chunk, const Index& index, int64_t rows, int64_t n, char* grad_buffer, char* factor_buffer,
-                 char* out_buffer) const {
+  void run_block(int64_t chunk, const Index& index, const Index& number, int64_t rows, int64_t n,
+                 const Buffers& buffers) const {
     const Shape& shape = plan.shape;
+    alignas(16) char constant[16];
     BackwardBlock block;
     block.rows = rows;
     block.n = n;
-    block.grad = read_block(shape, plan.grad, index, rows, n, grad_buffer, block.grad_stride);
+    block.grad = read_block(shape, plan.grad, index, rows, n, buffers.grad, block.grad_stride);
     for (int i = 0; i < count; ++i) {
       const Gradient& gradient = gradients[i];
       block.multiplier = gradient.multiplier;
@@ -672,21 +867,22 @@ struct Backward {
       block.factor_stride = 0;
       RowFactor kind = gradient.factor_kind;
       if (kind == kFactorOne) {
-        store_number(math, gradient.factor->number, factor_buffer);
-        block.factor = factor_buffer;
+        store_number(math, gradient.factor->number, constant);
+        block.factor = constant;
       } else if (kind != kNoFactor && gradient.factor->strides[0] == 0) {
         const Arg& factor = *gradient.factor;
         const int64_t row_stride = shape.ndim > 1 ? factor.strides[1] : 0;
         const char* const from = address(factor, offset_of(shape, factor, index));
-        block.factor = one_per_row(factor, from, row_stride, rows, factor_buffer, block.factor_stride);
+        block.factor = one_per_row(factor, from, row_stride, rows, buffers.factor, block.factor_stride);
         kind = kFactorOne;
       } else if (kind != kNoFactor) {
-        block.factor = read_block(shape, *gradient.factor, index, rows, n, factor_buffer, block.factor_stride);
+        block.factor = read_block(shape, *gradient.factor, index, rows, n, buffers.factor, block.factor_stride);
       }
       if (gradient.reduced) {
         add_block(chunk, gradient, kind, index, block);
+        move_on(gradient, number, block);
       } else {
-        store_block(gradient, kind, index, block, out_buffer);
+        store_block(gradient, kind, index, block, buffers.out);
       }
     }
   }
@@ -704,6 +900,49 @@ struct Backward {
       rows[kAddColumns](block);
     } else {
       add_strided_columns(rows[kAddSum], gradient, kind, stride, block);
+    }
+  }
+
+  // Where a level's chain is at its end, the block's sums in it are added to the next level and start anew.
+  void move_on(const Gradient& gradient, const Index& number, const BackwardBlock& block) const {
+    if (gradient.levels == 1) {
+      return;
+    }
+    int64_t visits = 1;
+    for (int dim = 0; dim < plan.shape.ndim; ++dim) {
+      visits += number[dim] * gradient.visits[dim];
+    }
+    int64_t chain = gradient.run;
+    for (int level = 0; level + 1 < gradient.levels && visits % chain == 0; ++level) {
+      with_math(math, [&](auto tag) { move_up<decltype(tag)>(gradient, level, block); });
+      visits /= chain;
+      chain = kChain;
+    }
+  }
+
+  template <class M>
+  void move_up(const Gradient& gradient, int level, const BackwardBlock& block) const {
+    const int64_t numel = plan.numel[gradient.position];
+    const int64_t stride = gradient.out->strides[0];
+    const int64_t columns = stride == 0 ? 1 : block.n;
+    const int64_t rows = block.target_stride == 0 ? 1 : block.rows;
+    for (int64_t row = 0; row < rows; ++row) {
+      M* const from = static_cast<M*>(block.target) + level * numel + row * block.target_stride;
+      M* const to = from + numel;
+      const auto move = [&](int64_t i) {
+        to[i] = to[i] + from[i];
+        from[i] = M{};
+      };
+      if (stride == 1) {
+#pragma GCC ivdep
+        for (int64_t column = 0; column < columns; ++column) {
+          move(column);
+        }
+      } else {
+        for (int64_t column = 0; column < columns; ++column) {
+          move(column * stride);
+        }
+      }
     }
   }
 
@@ -740,15 +979,24 @@ struct Backward {
   }
 
   template <class M>
-  void finish_in(const Gradient& gradient) const {
+  void finish(const Gradient& gradient) const {
     const int64_t numel = plan.numel[gradient.position];
     const int64_t partials = gradient.sums_per_chunk == 0 ? 1 : split.chunks;
-    const M* const from = reinterpret_cast<const M*>(gradient.sums);
-    at::parallel_for(0, numel, kGrain / partials + 1, [&](int64_t begin, int64_t end) {
+    const M* const sums_of_chunks = reinterpret_cast<const M*>(gradient.sums);
+    at::parallel_for(0, numel, kGrain / (partials * gradient.levels) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        M sum = from[i];
-        for (int64_t chunk = 1; chunk < partials; ++chunk) {
-          sum = sum + from[chunk * numel + i];
+        M sum{};
+        for (int64_t chunk = 0; chunk < partials;) {
+          M part{};
+          for (const int64_t stop = std::min(partials, chunk + kFinishChain); chunk < stop; ++chunk) {
+            const M* const from = sums_of_chunks + chunk * gradient.sums_per_chunk + i;
+            M levels = from[0];
+            for (int level = 1; level < gradient.levels; ++level) {
+              levels = levels + from[level * numel];
+            }
+            part = part + levels;
+          }
+          sum = sum + part;
         }
         store(gradient.out->dtype, gradient.out->data, i, sum);
       }
@@ -766,19 +1014,6 @@ struct Backward {
       static_cast<BFloat16*>(out)[i] = narrow<BFloat16>(value);
     } else {
       static_cast<float*>(out)[i] = value;
-    }
-  }
-
-  void finish(const Gradient& gradient) const {
-    switch (math) {
-      case DType::Float:
-        return finish_in<float>(gradient);
-      case DType::Double:
-        return finish_in<double>(gradient);
-      case DType::ComplexFloat:
-        return finish_in<Complex<float>>(gradient);
-      default:
-        return finish_in<Complex<double>>(gradient);
     }
   }
 };

@@ -30,6 +30,9 @@ using ForwardRows = void (*)(const ForwardBlock&);
 enum RowTarget { kStoreOwn = 0, kStoreMath = 1, kAddColumns = 2, kAddSum = 3 };
 enum RowFactor { kFactorOwn = kOwn, kFactorMath = kMath, kFactorOne = kOne, kNoFactor = 3 };
 
+// A block that adds up columns over more than 64 rows has at most this many of them.
+constexpr int kMostNarrow = 64;
+
 // A block of rows; strides from row to row in elements. `multiplier` points to a value of the arithmetic dtype.
 struct BackwardBlock {
   const void* grad;

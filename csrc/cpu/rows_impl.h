@@ -362,9 +362,33 @@ void store_rows(const BackwardBlock& block) {
   }
 }
 
+// Rows whose sum is taken apart from that of the others, to keep chains of additions short.
+constexpr int64_t kColumnRun = 64;
+constexpr int64_t kSumRun = 32;
+
 template <class T, int factor_kind>
 void add_columns(const BackwardBlock& block) {
   using M = Math<T>;
+  if (block.target_stride == 0 && block.rows > kColumnRun) {
+    using S = typename Operand<T, factor_kind>::S;
+    M part[kMostNarrow];
+    M* const target = static_cast<M*>(block.target);
+    BackwardBlock run = block;
+    run.target = part;
+    for (int64_t row = 0; row < block.rows; row += kColumnRun) {
+      run.grad = static_cast<const T*>(block.grad) + row * block.grad_stride;
+      run.factor = static_cast<const S*>(block.factor) + row * block.factor_stride;
+      run.rows = block.rows - row < kColumnRun ? block.rows - row : kColumnRun;
+      for (int64_t i = 0; i < block.n; ++i) {
+        part[i] = M{};
+      }
+      add_columns<T, factor_kind>(run);
+      for (int64_t i = 0; i < block.n; ++i) {
+        target[i] = target[i] + part[i];
+      }
+    }
+    return;
+  }
   int64_t row = 0;
   // Rows that share a target are added by fours: fewer passes over the target, and shorter chains of additions.
   if (block.target_stride == 0) {
@@ -401,6 +425,7 @@ void add_sum(const BackwardBlock& block) {
   using M = Math<T>;
   using V = Chunk<M>;
   M* const target = static_cast<M*>(block.target);
+  M run{}, runs{};
   for (int64_t row = 0; row < block.rows; ++row) {
     const Terms<T, factor_kind> terms(block, row);
     int64_t i = 0;
@@ -429,7 +454,18 @@ void add_sum(const BackwardBlock& block) {
         lanes[lane] = lanes[lane] + lanes[lane + width];
       }
     }
-    target[row * block.target_stride] = target[row * block.target_stride] + lanes[0];
+    if (block.target_stride != 0) {
+      target[row * block.target_stride] = target[row * block.target_stride] + lanes[0];
+      continue;
+    }
+    run = run + lanes[0];
+    if ((row + 1) % kSumRun == 0) {
+      runs = runs + run;
+      run = M{};
+    }
+  }
+  if (block.target_stride == 0) {
+    *target = *target + (runs + run);
   }
 }
 
