@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "digest_device.h"
 
@@ -30,8 +31,15 @@ RegisterDigest::RegisterDigest(c10::DeviceType type, DigestKernel kernel) {
   kernel_of(type) = kernel;
 }
 
+bool can_digest(const at::Tensor& tensor) {
+  return kernel_of(tensor.device().type()) != nullptr;
+}
+
 at::Tensor digest_on_device(const at::Tensor& tensor) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  // A mode that counts or records operators (selective checkpointing) sees the program's alone.
+  const c10::impl::ExcludeDispatchKeyGuard unseen(c10::DispatchKeySet(
+      {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::TESTING_ONLY_GenericMode}));
   const auto kernel = kernel_of(tensor.device().type());
   TORCH_CHECK_NOT_IMPLEMENTED(
       kernel != nullptr && tensor.layout() == at::kStrided,

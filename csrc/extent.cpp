@@ -129,15 +129,16 @@ std::optional<Extent> extent_of(const at::Tensor& tensor) {
   if (!impl->has_storage()) {
     return std::nullopt;
   }
-  const auto* base = static_cast<const char*>(impl->unsafe_storage().data());
+  const auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  const auto* base = static_cast<const char*>(storage->data());
   if (impl->numel() == 0) {
-    return Extent{base, 0, 0, 0, {}};
+    return Extent{storage, base, 0, 0, 0, {}};
   }
   if (base == nullptr) {
     return std::nullopt;
   }
   const auto item = static_cast<int64_t>(impl->itemsize());
-  Extent extent{base, impl->storage_offset() * item, 0, item, {}};
+  Extent extent{storage, base, impl->storage_offset() * item, 0, item, {}};
   if (impl->is_non_overlapping_and_dense()) {
     extent.run = impl->numel() * item;
   } else {
@@ -163,7 +164,20 @@ std::optional<Extent> extent_of(const at::Tensor& tensor) {
 }
 
 bool overlap(const Extent& a, const Extent& b) {
-  if (a.base != b.base || a.run == 0 || b.run == 0 || a.end <= b.begin || b.end <= a.begin) {
+  if (a.run == 0 || b.run == 0) {
+    return false;
+  }
+  if (a.storage != b.storage && a.base != b.base) {
+    if (a.base == nullptr || b.base == nullptr || a.base + a.end <= b.base + b.begin || b.base + b.end <= a.base + a.begin) {
+      return false;
+    }
+    Extent seen_from_a = b;
+    seen_from_a.storage = a.storage;
+    seen_from_a.begin += b.base - a.base;
+    seen_from_a.end += b.base - a.base;
+    return overlap(a, seen_from_a);
+  }
+  if (a.end <= b.begin || b.end <= a.begin) {
     return false;
   }
   if (a.blocks.empty() && b.blocks.empty()) {

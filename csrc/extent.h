@@ -15,7 +15,9 @@ struct Extent {
     int64_t size;
   };
 
-  const char* base; // where the storage begins: equal for every view of it, and for NumPy's and DLPack's alias of it
+  // Names the memory, wherever it moves to. Never read through: the storage may be gone, and then names nothing.
+  const c10::StorageImpl* storage;
+  const char* base; // where it began when this was made: what tells another storage over the same memory (NumPy, DLPack)
   int64_t begin; // bytes after base
   int64_t end;
   int64_t run; // bytes in one unbroken block

@@ -13,12 +13,14 @@ extern "C" {
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include <pthread.h>
@@ -29,6 +31,7 @@ extern "C" {
 #include <ATen/SparseCsrTensorUtils.h>
 #include <ATen/native/SparseTensorUtils.h>
 #include <ATen/NestedTensorImpl.h>
+#include <ATen/SequenceNumber.h>
 #include <ATen/ThreadLocalPythonObjects.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -38,6 +41,7 @@ extern "C" {
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include "digest.h"
@@ -71,6 +75,14 @@ Object share(PyObject* object) {
   throw error;
 }
 
+bool truth(PyObject* object) {
+  const int answer = PyObject_IsTrue(object);
+  if (answer < 0) {
+    rethrow_python();
+  }
+  return answer == 1;
+}
+
 Object checked(PyObject* owned) {
   if (owned == nullptr) {
     rethrow_python();
@@ -81,7 +93,9 @@ Object checked(PyObject* owned) {
 // ---- what an operator writes
 
 struct OperatorFacts {
+  const c10::OperatorName* name; // kept for ever: an operator that is gone is still named
   std::vector<size_t> written; // positions of the arguments whose memory is written
+  std::vector<size_t> filled; // written as one more result: where it is saved, backward wants it as it is after the operator
   std::vector<size_t> relaid; // whose version rises though no byte of them changes: t_, resize_, set_
   std::vector<size_t> unannotated; // written by the kernels, though the schema does not say so
   std::vector<size_t> unread; // saved for a second derivative that does not read it: batch norm's statistics, in its backward
@@ -90,9 +104,16 @@ struct OperatorFacts {
   explicit OperatorFacts(const c10::OperatorHandle& op);
 
   bool writes() const {
-    return !written.empty() || !relaid.empty() || !unannotated.empty() || !unread.empty();
+    return !written.empty() || !filled.empty() || !relaid.empty() || !unannotated.empty() || !unread.empty();
   }
 };
+
+const c10::OperatorName* kept_for_ever(const c10::OperatorName& name) {
+  static auto* mutex = new std::mutex();
+  static auto* names = new std::unordered_set<c10::OperatorName>();
+  const std::lock_guard<std::mutex> lock(*mutex);
+  return &*names->insert(name).first;
+}
 
 // The collectives of torch.distributed write their first argument, and neither the schema nor the version says so. Left
 // out are those that write on some ranks only, and the all-gathers that bring a parameter's own bytes back (FSDP).
@@ -108,9 +129,18 @@ bool collective_that_writes(std::string_view name) {
   return std::find(writers.begin(), writers.end(), name.substr(space.size())) != writers.end();
 }
 
-OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) {
+// An in-place operator writes what it returns, or returns nothing, and its formula is told in terms of the old value. A
+// written argument that no result stands for is a result itself: rrelu saves the noise that it is about to draw.
+bool one_more_result(const c10::FunctionSchema& schema, const c10::Argument& argument) {
+  const auto& mine = argument.alias_info()->beforeSets();
+  return !schema.returns().empty() && std::none_of(schema.returns().begin(), schema.returns().end(), [&](const auto& result) {
+    return result.alias_info() != nullptr && result.alias_info()->beforeSets() == mine;
+  });
+}
+
+OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) : name(kept_for_ever(op.operator_name())) {
   const auto& schema = op.schema();
-  const auto& name = op.operator_name().name;
+  const auto& name = this->name->name;
   // A composite operator of torch's writes through others, which are seen in their turn, or not at all: dropout_ in eval
   // mode. What a composite of somebody else's does inside is not known: its schema is taken at its word.
   if (name.starts_with("aten::") && op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
@@ -120,8 +150,11 @@ OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) {
     written.push_back(0);
     return;
   }
-  const bool relays = op.hasTag(at::Tag::inplace_view) || name == "aten::resize_" || name == "aten::resize_as_" ||
-      name == "aten::_resize_output_" || name == "aten::_coalesced_";
+  constexpr std::array<std::string_view, 9> keep_the_bytes = {
+      "aten::resize_", "aten::resize_as_", "aten::_resize_output_", "aten::sparse_resize_", "aten::resize_as_sparse_",
+      "aten::_coalesced_", "aten::record_stream", "aten::detach_", "aten::set_"};
+  const bool relays = op.hasTag(at::Tag::inplace_view) ||
+      std::find(keep_the_bytes.begin(), keep_the_bytes.end(), name) != keep_the_bytes.end();
   const bool batch_norm =
       name.find("batch_norm") != std::string::npos && name.find("no_training") == std::string::npos;
   const bool backward = name.find("backward") != std::string::npos;
@@ -130,7 +163,7 @@ OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) {
     if (batch_norm && (argument.name() == "running_mean" || argument.name() == "running_var")) {
       (backward ? unread : unannotated).push_back(i);
     } else if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) {
-      (relays ? relaid : written).push_back(i);
+      (relays ? relaid : one_more_result(schema, argument) ? filled : written).push_back(i);
     }
     const bool trains = argument.name() == "training" || argument.name() == "train" ||
         (backward && argument.name() == "update");
@@ -150,15 +183,16 @@ struct Departures final : c10::OpRegistrationListener {
   }
 };
 
-const OperatorFacts& facts_of(const c10::OperatorHandle& op) {
-  thread_local std::unordered_map<c10::OperatorHandle, OperatorFacts> known;
+// The reference holds until Python runs: an operator may leave then, and the table is made anew.
+const std::shared_ptr<const OperatorFacts>& facts_of(const c10::OperatorHandle& op) {
+  thread_local std::unordered_map<c10::OperatorHandle, std::shared_ptr<const OperatorFacts>> known;
   thread_local uint64_t gone = 0;
   if (const auto now = operators_gone.load(std::memory_order_relaxed); gone != now) {
     known.clear();
     gone = now;
   }
   const auto found = known.find(op);
-  return found != known.end() ? found->second : known.emplace(op, OperatorFacts(op)).first->second;
+  return found != known.end() ? found->second : known.emplace(op, std::make_shared<const OperatorFacts>(op)).first->second;
 }
 
 // ---- where in the user's code
@@ -267,10 +301,21 @@ Place current_place() {
 
 // ---- what is saved
 
+// An operator that raised the version of saved values whose bytes it left alone.
+struct Raise {
+  const c10::OperatorName* op;
+  Place place;
+};
+
 struct SavedObject {
   PyObject_HEAD
   at::Tensor value; // shares memory and version counter with what was saved, and holds no graph
+  // What torch alone would keep, and read in backward: its memory may have been exchanged (x.data = y). None for a result
+  // of the node that saves it, of which torch keeps an alias as well.
+  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> original;
+  bool had_node;
   std::vector<Extent> extents;
+  std::vector<c10::Storage> storages; // of a subclass's parts, so that the extents name memory that is there
   std::vector<at::Tensor> fingerprints;
   uint64_t number; // how many were saved before it
   uint32_t version;
@@ -283,7 +328,12 @@ struct SavedObject {
   bool lost; // overwritten, which `note` tells: backward is refused when it asks for it
   const void* unpacked_by; // the node
   long unpacked;
-  std::optional<c10::OperatorName> op;
+  uint32_t accounted; // up to this version every raise was by an operator that was seen to miss it
+  bool unaccounted; // ... and another one came since
+  std::shared_ptr<const Raise> beside; // the first of those operators
+  bool away; // its storage gave the memory back, and the value with it
+  bool refilled; // ... and something has been written there since
+  const c10::OperatorName* op;
   Place place;
   Object policy;
   Object note; // what became of it, for guard.py
@@ -305,17 +355,32 @@ bool stale(const SavedObject* entry) {
   return entry->versioned && version_of(entry->value) != entry->version;
 }
 
-// Every live saved value by the memory it lies in. Changed with the GIL held and the mutex locked; read with either.
-// The GIL is never taken with the mutex locked. A saved value holds its storage, so a key stays true while it is here.
+// Memory that torch has not allocated (NumPy, DLPack, shared memory) may have other storages over it.
+bool borrowed(const c10::StorageImpl* storage) {
+  return storage->allocator() == nullptr;
+}
+
+int64_t bytes_of(const c10::StorageImpl* storage) {
+  return storage->sym_nbytes().maybe_as_int().value_or(0);
+}
+
+// Every live saved value by the storage it lies in: an address is another's as soon as memory is given back. Changed with
+// the GIL held and the mutex locked; read with either. The GIL is never taken with the mutex locked. A saved value holds
+// its storage, so a key stays true while it is here.
 struct Ledger {
   std::mutex mutex;
-  std::unordered_map<const char*, std::vector<SavedObject*>> by_base;
+  std::unordered_map<const c10::StorageImpl*, std::vector<SavedObject*>> by_storage;
+  std::multimap<const char*, const c10::StorageImpl*> borrowed_at;
   std::atomic<size_t> size{0};
 
   void add(SavedObject* entry) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (const auto& extent : entry->extents) {
-      by_base[extent.base].push_back(entry);
+      auto& entries = by_storage[extent.storage];
+      if (entries.empty() && borrowed(extent.storage)) {
+        borrowed_at.emplace(extent.base, extent.storage);
+      }
+      entries.push_back(entry);
       size.fetch_add(1, std::memory_order_relaxed);
     }
   }
@@ -323,8 +388,8 @@ struct Ledger {
   void remove(SavedObject* entry) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (const auto& extent : entry->extents) {
-      const auto found = by_base.find(extent.base);
-      if (found == by_base.end()) {
+      const auto found = by_storage.find(extent.storage);
+      if (found == by_storage.end()) {
         continue;
       }
       auto& entries = found->second;
@@ -334,14 +399,64 @@ struct Ledger {
         size.fetch_sub(1, std::memory_order_relaxed);
       }
       if (entries.empty()) {
-        by_base.erase(found);
+        by_storage.erase(found);
+        std::erase_if(borrowed_at, [&](const auto& item) { return item.second == extent.storage; });
       }
     }
   }
 
-  bool has(const char* base) {
+  // The saved values of the storages that may share a byte with `written`, whose own storage is alive.
+  template <class F>
+  void each_near(const Extent& written, const F& visit) const {
+    if (const auto found = by_storage.find(written.storage); found != by_storage.end()) {
+      visit(found->second);
+    }
+    if (written.base == nullptr) {
+      return;
+    }
+    if (borrowed(written.storage)) {
+      const auto* begin = written.base + written.begin;
+      const auto* end = written.base + written.end;
+      for (const auto& [storage, entries] : by_storage) {
+        const auto* base = static_cast<const char*>(storage->data());
+        if (storage != written.storage && base != nullptr && base < end && begin < base + bytes_of(storage)) {
+          visit(entries);
+        }
+      }
+    } else if (!borrowed_at.empty()) {
+      const auto end = borrowed_at.lower_bound(written.base + std::max<int64_t>(bytes_of(written.storage), 1));
+      for (auto item = borrowed_at.lower_bound(written.base); item != end; ++item) {
+        if (const auto found = by_storage.find(item->second); found != by_storage.end()) {
+          visit(found->second);
+        }
+      }
+    }
+  }
+
+  bool has_near(const std::vector<Extent>& extents) {
     const std::lock_guard<std::mutex> lock(mutex);
-    return by_base.contains(base);
+    bool any = false;
+    for (const auto& extent : extents) {
+      each_near(extent, [&](const auto&) { any = true; });
+    }
+    return any;
+  }
+
+  // A storage has another size now: values that reach past its end are gone.
+  void resized(const c10::StorageImpl* storage) {
+    const auto found = by_storage.find(storage);
+    if (found == by_storage.end()) {
+      return;
+    }
+    const int64_t bytes = bytes_of(storage);
+    for (auto* entry : found->second) {
+      for (const auto& extent : entry->extents) {
+        if (extent.storage == storage && extent.end > bytes) {
+          entry->away = true;
+          entry->refilled = false;
+        }
+      }
+    }
   }
 };
 
@@ -390,6 +505,15 @@ void append_extents(std::vector<Extent>& extents, const at::Tensor& tensor) {
   });
 }
 
+// Where it lies now.
+std::vector<Extent> extents_now(const SavedObject* entry) {
+  auto extents = entry->extents;
+  for (auto& extent : extents) {
+    extent.base = static_cast<const char*>(extent.storage->data());
+  }
+  return extents;
+}
+
 bool overlap_any(const std::vector<Extent>& a, const std::vector<Extent>& b) {
   return std::any_of(a.begin(), a.end(), [&](const Extent& x) {
     return std::any_of(b.begin(), b.end(), [&](const Extent& y) { return overlap(x, y); });
@@ -400,19 +524,30 @@ bool overlap_any(const std::vector<Extent>& a, const std::vector<Extent>& b) {
 
 struct Running {
   struct Target {
-    const c10::TensorImpl* tensor;
+    c10::VariableVersion counter;
     Extent extent;
     uint32_t version; // before the write
   };
 
-  const c10::OperatorHandle& op;
+  const c10::OperatorName* op;
+  bool writes;
   // Taken before the operator runs: a kernel that takes an argument by value moves it out of the stack.
   std::vector<Target> targets; // what it is about to overwrite
+  std::vector<Extent> filled; // ... as one more result
   std::vector<Extent> statistics; // what it saves and its backward does not read
+  std::vector<Object> unfinished; // saved values that it has yet to fill, and that are to be fingerprinted then
   Running* outer;
 };
 
 thread_local Running* running = nullptr;
+
+thread_local int entered = 0; // guards that this thread has entered and not left
+
+// Torch hands a thread's state on to the threads that work for it. Those of a backward run the user's graph; those of a
+// process group bring what a collective writes, which was judged where it was called, and may be saved ahead of its arrival.
+bool lent_thread() {
+  return entered == 0 && torch::autograd::get_current_graph_task_id() == -1;
+}
 
 class RunningScope {
  public:
@@ -472,14 +607,15 @@ Object ask_policy(
     PyObject* policy,
     const char* method,
     const std::vector<Object>& entries,
-    const c10::OperatorHandle& op,
+    const c10::OperatorName& op,
+    const Place& where,
     bool update = false) {
   const auto list = checked(PyList_New(static_cast<Py_ssize_t>(entries.size())));
   for (size_t i = 0; i < entries.size(); ++i) {
     PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i), share(entries[i].get()).release());
   }
-  const auto name = operator_name(op.operator_name());
-  const auto place = place_objects(current_place());
+  const auto name = operator_name(op);
+  const auto place = place_objects(where);
   return checked(PyObject_CallMethod(
       policy, method, "OOOO", list.get(), name.get(), place.get(), update ? Py_True : Py_False));
 }
@@ -526,13 +662,6 @@ bool dies_with_this_node(const SavedObject* entry) {
   return node.get() == entry->unpacked_by;
 }
 
-// Its storage gave its memory back and took other memory (untyped_storage().resize_(0), as FSDP frees a parameter): what is
-// written where it lay is not written to it.
-bool moved(const SavedObject* entry) {
-  const auto* impl = entry->value.unsafeGetTensorImpl();
-  return plain(entry->value) && impl->has_storage() && !entry->extents.empty() && impl->unsafe_storage().data() != entry->extents[0].base;
-}
-
 // The plain tensors that a tensor subclass is made of, as guard.py knows them.
 template <class F>
 void each_plain(const at::Tensor& tensor, PyObject* policy, const F& visit, const char* which = "_parts") {
@@ -571,7 +700,9 @@ class Judging {
 
 thread_local const Judging* Judging::current = nullptr;
 
-enum class Change { bytes, unannotated_bytes, layout, none };
+enum class Change { bytes, one_more_result, unannotated_bytes, layout, none };
+
+std::vector<at::Tensor> fingerprints_of(const at::Tensor& tensor, PyObject* policy);
 
 // The writes of one operator: judged before it runs, and once more after it.
 class Writes {
@@ -582,6 +713,7 @@ class Writes {
     const Judging judging(arguments, facts);
     const bool trains = !facts.only_if || arguments[*facts.only_if].toBool();
     look(facts.written, arguments, Change::bytes);
+    look(facts.filled, arguments, Change::one_more_result);
     look(facts.relaid, arguments, Change::layout);
     if (trains) {
       look(facts.unannotated, arguments, Change::unannotated_bytes);
@@ -590,11 +722,19 @@ class Writes {
     judged_ = true;
   }
 
+  // What is no operator, and is about to write these.
+  void judge(const std::vector<at::Tensor>& written) {
+    for (const auto& tensor : written) {
+      look_at(tensor, Change::bytes);
+    }
+    judged_ = true;
+  }
+
   Writes(const Writes&) = delete;
   Writes& operator=(const Writes&) = delete;
 
   ~Writes() {
-    if (neighbours_.empty() && noted_.empty()) {
+    if (entry_.unfinished.empty() && noted_.empty()) {
       return;
     }
     pybind11::gil_scoped_acquire gil;
@@ -602,30 +742,36 @@ class Writes {
       note_losses(); // it failed half way: nobody knows what it has written
     }
     noted_.clear();
-    neighbours_.clear();
+    entry_.unfinished.clear();
   }
 
   // What missed every saved byte may have raised a saved value's version all the same: torch counts versions for all
   // views of one base together, and refuses such a graph in backward.
   void finish() {
     const bool saved_inside = !entry_.targets.empty() && saved_so_far.load(std::memory_order_relaxed) != saved_before_;
-    if (neighbours_.empty() && noted_.empty() && !saved_inside) {
+    if (!saved_inside && near_.empty() && entry_.unfinished.empty() && noted_.empty()) {
       return;
     }
     pybind11::gil_scoped_acquire gil;
     note_losses();
-    std::vector<Object> raised;
-    for (auto& [object, version] : neighbours_) {
-      if (version_of(saved(object.get())->value) != version) {
-        raised.push_back(share(object.get()));
+    std::shared_ptr<const Raise> raise;
+    for (const auto& extent : near_) {
+      after(extent, raise);
+    }
+    if (saved_inside) { // m[0].mul_(m[1])
+      const Extent* last = nullptr;
+      for (const auto& target : entry_.targets) {
+        if (last == nullptr || last->storage != target.extent.storage) {
+          after(target.extent, raise);
+        }
+        last = &target.extent;
       }
     }
-    if (saved_inside) {
-      add_raised_while_saved(raised);
-    }
-    PyObject* policy = raised.empty() ? nullptr : current_policy();
-    if (policy != nullptr) {
-      ask_policy(policy, "_on_version", raised, entry_.op);
+    for (auto& object : entry_.unfinished) {
+      auto* entry = saved(object.get());
+      if (!entry->released) {
+        entry->fingerprints = fingerprints_of(entry->value, entry->policy.get());
+      }
     }
   }
 
@@ -660,16 +806,17 @@ class Writes {
     if (saves && change == Change::bytes) {
       const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
       for (const auto& extent : extents) {
-        entry_.targets.push_back(
-            {tensor.unsafeGetTensorImpl(), extent, counter.enabled() ? counter.current_version() : 0});
+        entry_.targets.push_back({counter, extent, counter.enabled() ? counter.current_version() : 0});
       }
+    } else if (saves && change == Change::one_more_result) {
+      entry_.filled.insert(entry_.filled.end(), extents.begin(), extents.end());
     } else if (saves && change != Change::layout) {
       entry_.statistics.insert(entry_.statistics.end(), extents.begin(), extents.end());
     }
     if (change == Change::none) {
       return;
     }
-    if (std::any_of(extents.begin(), extents.end(), [](const Extent& e) { return ledger().has(e.base); })) {
+    if (ledger().size.load(std::memory_order_relaxed) != 0 && ledger().has_near(extents)) {
       const bool refused = refused_by_torch(tensor);
       refused_ = refused_ || refused;
       pybind11::gil_scoped_acquire gil;
@@ -679,75 +826,124 @@ class Writes {
 
   void compare(const std::vector<Extent>& extents, Change change, bool update) {
     PyObject* policy = current_policy();
-    if (policy == nullptr) {
+    if (policy == nullptr || lent_thread()) {
       return;
     }
     std::vector<Object> hits;
-    const auto consider = [&](SavedObject* entry) {
-      if (entry->released || moved(entry) || dies_with_this_node(entry)) {
+    const auto consider = [&](SavedObject* entry, const Extent& written) {
+      if (entry->released || dies_with_this_node(entry)) {
         return;
       }
-      const auto is_it = [entry](const Object& hit) { return saved(hit.get()) == entry; };
-      if (entry->extents.size() > 1 && std::any_of(hits.begin(), hits.end(), is_it)) {
+      if (entry->versioned) {
+        account(entry);
+      }
+      if (entry->away || change == Change::layout || entry->unread) {
         return;
       }
-      auto object = share(reinterpret_cast<PyObject*>(entry));
-      if (change != Change::layout && !entry->unread && overlap_any(extents, entry->extents)) {
-        hits.push_back(std::move(object));
-      } else if (entry->versioned && !stale(entry)) {
-        neighbours_.emplace_back(std::move(object), version_of(entry->value));
+      const bool same_storage = entry->extents.size() == 1 && entry->extents[0].storage == written.storage;
+      const bool hit = same_storage ? overlap(written, entry->extents[0]) : overlap_any({written}, extents_now(entry));
+      const auto is_it = [entry](const Object& one) { return saved(one.get()) == entry; };
+      if (hit && std::none_of(hits.begin(), hits.end(), is_it)) {
+        hits.push_back(share(reinterpret_cast<PyObject*>(entry)));
       }
     };
     for (const auto& extent : extents) {
-      const auto found = ledger().by_base.find(extent.base);
-      if (found != ledger().by_base.end()) {
-        std::for_each(found->second.begin(), found->second.end(), consider);
+      bool any = false;
+      ledger().each_near(extent, [&](const std::vector<SavedObject*>& entries) {
+        any = true;
+        for (auto* entry : entries) {
+          consider(entry, extent);
+        }
+      });
+      if (any) {
+        near_.push_back(extent);
       }
     }
     if (!hits.empty()) {
-      const auto notes = ask_policy(policy, "_on_write", hits, entry_.op, update);
+      const auto notes = ask_policy(policy, "_on_write", hits, *entry_.op, current_place(), update);
       each_note(hits, notes, [&](const Object& object, PyObject* note) {
         noted_.emplace_back(share(object.get()), share(note));
       });
     }
   }
 
-  // What this operator's own node saved beside the bytes that it wrote: m[0].mul_(m[1]).
-  void add_raised_while_saved(std::vector<Object>& raised) {
-    std::optional<const char*> last;
-    for (const auto& target : entry_.targets) {
-      const auto found = ledger().by_base.find(target.extent.base);
-      if (found == ledger().by_base.end() || last == target.extent.base) {
+  // Before the write.
+  static void account(SavedObject* entry) {
+    const auto now = version_of(entry->value);
+    if (now == entry->version) {
+      // Where memory was given back, something was written there, and the version is as it was: the program says that the
+      // value is back.
+      entry->away = entry->away && !entry->refilled;
+      entry->accounted = now;
+      entry->unaccounted = false;
+      entry->beside.reset();
+    } else if (now != entry->accounted) {
+      entry->unaccounted = true;
+    }
+  }
+
+  // After the write.
+  void after(const Extent& written, std::shared_ptr<const Raise>& raise) {
+    const auto found = ledger().by_storage.find(written.storage);
+    if (found == ledger().by_storage.end()) {
+      return;
+    }
+    const bool nested = inside_a_write();
+    for (auto* entry : found->second) {
+      if (entry->away && !nested) {
+        const auto covered = [&](const Extent& extent) {
+          return extent.storage == written.storage && written.blocks.empty() && written.begin <= extent.begin &&
+              extent.end <= written.end;
+        };
+        entry->refilled |= stale(entry) || std::all_of(entry->extents.begin(), entry->extents.end(), covered);
+      }
+      if (!entry->versioned || entry->released || entry->unaccounted) {
         continue;
       }
-      last = target.extent.base;
-      for (auto* entry : found->second) {
-        if (entry->number >= saved_before_ && !entry->released && stale(entry)) {
-          raised.push_back(share(reinterpret_cast<PyObject*>(entry)));
+      const auto now = version_of(entry->value);
+      if (now == entry->accounted) {
+        continue;
+      }
+      if (entry->beside == nullptr) {
+        if (raise == nullptr) {
+          raise = std::make_shared<const Raise>(Raise{entry_.op, current_place()});
         }
+        entry->beside = raise;
+      }
+      if (!entry->away) {
+        entry->accounted = now;
       }
     }
   }
 
+  bool inside_a_write() const {
+    const auto* outer = entry_.outer;
+    while (outer != nullptr && !outer->writes) {
+      outer = outer->outer;
+    }
+    return outer != nullptr;
+  }
+
   Running& entry_;
   const uint64_t saved_before_ = saved_so_far.load(std::memory_order_relaxed);
-  std::vector<std::pair<Object, uint32_t>> neighbours_;
+  std::vector<Extent> near_; // what it writes in storages that hold saved values
   std::vector<std::pair<Object, Object>> noted_; // saved values that it overwrites with the policy's leave, and its notes
   bool judged_ = false;
   bool refused_ = false;
 };
 
 void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  const auto& facts = facts_of(op);
+  const auto& known = facts_of(op);
   const auto below = keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey);
-  Running entry{op, {}, {}, running};
-  if (!facts.writes()) {
+  Running entry{known->name, known->writes(), {}, {}, {}, {}, running};
+  if (!entry.writes) {
     const RunningScope scope(entry);
     op.redispatchBoxed(below, stack);
     return;
   }
+  const auto facts = known;
   Writes writes(entry);
-  writes.judge(facts, torch::jit::last(*stack, op.schema().arguments().size()));
+  writes.judge(*facts, torch::jit::last(*stack, op.schema().arguments().size()));
   {
     const RunningScope scope(entry);
     op.redispatchBoxed(below, stack);
@@ -757,32 +953,47 @@ void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::
 
 // ---- saving
 
+// Undefined for a part whose memory is not there.
 std::vector<at::Tensor> fingerprints_of(const at::Tensor& tensor, PyObject* policy) {
   std::vector<at::Tensor> fingerprints;
-  each_plain(tensor, policy, [&](const at::Tensor& one) {
-    each_part(one, [&](const at::Tensor& part) {
-      if (part.layout() == at::kStrided && part.has_storage() && !part.is_meta()) {
-        fingerprints.push_back(digest_on_device(part));
-      }
-    });
-  });
+  const auto fingerprint = [&](const at::Tensor& part) {
+    if (part.layout() != at::kStrided || !part.has_storage() || part.is_meta()) {
+      return;
+    }
+    if (!can_digest(part)) {
+      checked(PyObject_CallMethod(policy, "_no_digest", "s", part.device().str().c_str()));
+      return;
+    }
+    const auto extent = extent_of(part);
+    const bool there = extent && extent->end <= bytes_of(part.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+    fingerprints.push_back(there ? digest_on_device(part) : at::Tensor());
+  };
+  each_plain(tensor, policy, [&](const at::Tensor& one) { each_part(one, fingerprint); }, "_arrived_parts");
   return fingerprints;
 }
 
 bool flag_of(PyObject* policy, const char* name) {
-  const auto value = checked(PyObject_GetAttrString(policy, name));
-  return PyObject_IsTrue(value.get()) == 1;
+  return truth(checked(PyObject_GetAttrString(policy, name)).get());
 }
 
 // An operator that is about to overwrite what its own autograd node saves: x.mul_(x).
 const Running* about_to_overwrite(const SavedObject* entry) {
   for (const auto* op = running; op != nullptr; op = op->outer) {
-    for (const auto& [tensor, extent, version] : op->targets) {
-      const auto& counter = tensor->version_counter();
+    for (const auto& [counter, extent, version] : op->targets) {
       const bool still_before = !counter.enabled() || counter.current_version() == version;
       if (still_before && overlap_any({extent}, entry->extents)) {
         return op;
       }
+    }
+  }
+  return nullptr;
+}
+
+// One that has yet to fill what its own node saves: rrelu's noise.
+Running* about_to_fill(const SavedObject* entry) {
+  for (auto* op = running; op != nullptr; op = op->outer) {
+    if (overlap_any(op->filled, entry->extents)) {
+      return op;
     }
   }
   return nullptr;
@@ -812,10 +1023,16 @@ bool lies_in_a_leaf(const at::TensorBase& tensor) {
   return false;
 }
 
-// Results are saved when they have their node, the youngest; what an operator was given is of an older one.
+// A result of the node that saves it, which is the last one that this thread has made; what an operator was given is of an
+// older one.
 bool is_result(const at::Tensor& tensor) {
   const auto* meta = torch::autograd::impl::get_autograd_meta(tensor);
-  return meta != nullptr && meta->grad_fn_ && meta->grad_fn_->sequence_nr() + 1 == at::sequence_number::peek();
+  return meta != nullptr && meta->grad_fn_ != nullptr && meta->grad_fn_->sequence_nr() + 1 >= at::sequence_number::peek();
+}
+
+bool has_node(const c10::TensorImpl* impl) {
+  const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(impl->autograd_meta());
+  return meta != nullptr && meta->grad_fn_ != nullptr;
 }
 
 bool is_parameter(const at::Tensor& tensor) {
@@ -832,28 +1049,46 @@ bool is_parameter(const at::Tensor& tensor) {
 
 PyObject* pack(PyObject*, PyObject* argument) {
   HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(THPVariable_Check(argument), "guard_pack takes a tensor");
   const auto& tensor = THPVariable_Unpack(argument);
   PyObject* policy = current_policy();
   auto object = checked(saved_type->tp_alloc(saved_type, 0));
   auto* entry = saved(object.get());
   new (&entry->value) at::Tensor();
+  new (&entry->original) decltype(entry->original)(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>());
   new (&entry->extents) std::vector<Extent>();
+  new (&entry->storages) std::vector<c10::Storage>();
   new (&entry->fingerprints) std::vector<at::Tensor>();
-  new (&entry->op) std::optional<c10::OperatorName>();
+  new (&entry->beside) std::shared_ptr<const Raise>();
   new (&entry->place) Place();
   new (&entry->policy) Object(share(policy));
   new (&entry->note) Object();
   entry->value = plain(tensor) ? tensor.tensor_data() : tensor.detach();
-  each_plain(tensor, policy, [&](const at::Tensor& one) { append_extents(entry->extents, one); });
+  const bool is_plain = plain(tensor);
+  each_plain(tensor, policy, [&](const at::Tensor& one) {
+    append_extents(entry->extents, one);
+    if (!is_plain) {
+      each_part(one, [&](const at::Tensor& part) {
+        if (part.has_storage()) {
+          entry->storages.push_back(part.storage());
+        }
+      });
+    }
+  });
+  entry->had_node = has_node(tensor.unsafeGetTensorImpl());
+  entry->result = is_result(tensor);
+  if (is_plain && !entry->result) {
+    entry->original = decltype(entry->original)(tensor.getIntrusivePtr());
+  }
   const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
   entry->number = saved_so_far.fetch_add(1, std::memory_order_relaxed);
   entry->versioned = counter.enabled();
   entry->version = entry->versioned ? counter.current_version() : 0;
+  entry->accounted = entry->version;
   entry->parameter = is_parameter(tensor);
   entry->leaf = entry->parameter || tensor.is_leaf();
-  entry->result = is_result(tensor);
   if (running != nullptr) {
-    entry->op = running->op.operator_name();
+    entry->op = running->op;
     entry->unread = saved_by_training_batch_norm(entry);
   }
   entry->place = current_place();
@@ -861,11 +1096,15 @@ PyObject* pack(PyObject*, PyObject* argument) {
     if (const auto* op = about_to_overwrite(entry)) {
       std::vector<Object> hit;
       hit.push_back(share(object.get()));
-      const auto notes = ask_policy(policy, "_on_write", hit, op->op);
+      const auto notes = ask_policy(policy, "_on_write", hit, *op->op, current_place());
       each_note(hit, notes, [&](const Object&, PyObject* note) { note_loss(entry, note); });
     }
     if (!entry->unread && !entry->released && flag_of(policy, "verify")) {
-      entry->fingerprints = fingerprints_of(entry->value, policy);
+      if (auto* op = about_to_fill(entry)) {
+        op->unfinished.push_back(share(object.get()));
+      } else {
+        entry->fingerprints = fingerprints_of(entry->value, policy);
+      }
     }
   }
   if (!entry->released && !entry->extents.empty()) {
@@ -875,28 +1114,65 @@ PyObject* pack(PyObject*, PyObject* argument) {
   END_HANDLE_TH_ERRORS
 }
 
+// The tensor that torch alone would hand to backward lies in other memory now, or sees it otherwise.
+bool exchanged(const SavedObject* entry, const c10::TensorImpl* original) {
+  const auto* value = entry->value.unsafeGetTensorImpl();
+  const auto strided = [](const c10::TensorImpl* impl) {
+    return impl->has_storage() && !impl->key_set().has(c10::DispatchKey::NestedTensor);
+  };
+  return strided(value) && strided(original) &&
+      (original->unsafe_storage().unsafeGetStorageImpl() != value->unsafe_storage().unsafeGetStorageImpl() ||
+       original->dtype() != value->dtype() || original->storage_offset() != value->storage_offset() ||
+       original->sizes() != value->sizes() || original->strides() != value->strides());
+}
+
 PyObject* unpack(PyObject*, PyObject* argument) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(Py_TYPE(argument) == saved_type, "guard_unpack takes what guard_pack returned");
   auto* entry = saved(argument);
+  PyObject* policy = entry->policy.get();
   entry->unpacked_by = torch::autograd::get_current_node().get();
+  if (const at::Tensor original(entry->original.lock()); original.defined() && !entry->lost) {
+    TORCH_CHECK(
+        !entry->had_node || has_node(original.unsafeGetTensorImpl()),
+        "Trying to use a saved tensor that has been detached in-place, i.e. with .detach_(). This is not supported, please "
+        "use out-of-place `.detach()` instead");
+    if (exchanged(entry, original.unsafeGetTensorImpl())) {
+      const auto now = original.tensor_data();
+      entry->unpacked += entry->unpacked_by != nullptr;
+      if (policy == nullptr) {
+        return THPVariable_Wrap(now);
+      }
+      const auto here = checked(THPVariable_Wrap(now));
+      return checked(PyObject_CallMethod(policy, "_on_exchange", "OO", argument, here.get())).release();
+    }
+  }
   if (stale(entry) || entry->lost) {
-    PyObject* policy = entry->policy.get();
     TORCH_CHECK(
         policy != nullptr,
         "one of the variables needed for gradient computation has been modified by an inplace operation: it is at "
         "version ", version_of(entry->value), "; expected version ", entry->version, " instead");
-    checked(PyObject_CallMethod(policy, "_on_stale", "O", argument));
+    if (entry->beside != nullptr && !entry->note && !entry->unaccounted && entry->accounted == version_of(entry->value)) {
+      std::vector<Object> one;
+      one.push_back(share(argument));
+      ask_policy(policy, "_on_version", one, *entry->beside->op, entry->beside->place);
+    }
+    if (stale(entry) || entry->lost) {
+      checked(PyObject_CallMethod(policy, "_on_stale", "O", argument));
+    }
   }
   if (!entry->fingerprints.empty()) {
-    const auto now = fingerprints_of(entry->value, entry->policy.get());
+    const auto now = fingerprints_of(entry->value, policy);
     for (size_t i = 0; i < now.size(); ++i) {
+      if (!now[i].defined() || !entry->fingerprints[i].defined()) {
+        continue;
+      }
       const auto then = checked(THPVariable_Wrap(entry->fingerprints[i]));
       if (!now[i].is_cpu()) {
         const auto here = checked(THPVariable_Wrap(now[i]));
-        checked(PyObject_CallMethod(entry->policy.get(), "_compare", "OOO", argument, then.get(), here.get()));
+        checked(PyObject_CallMethod(policy, "_compare", "OOO", argument, then.get(), here.get()));
       } else if (now[i].const_data_ptr<int64_t>()[0] != entry->fingerprints[i].const_data_ptr<int64_t>()[0]) {
-        checked(PyObject_CallMethod(entry->policy.get(), "_on_mismatch", "O", argument));
+        checked(PyObject_CallMethod(policy, "_on_mismatch", "O", argument));
         break;
       }
     }
@@ -914,9 +1190,11 @@ void saved_dealloc(PyObject* object) {
   entry->note.~Object();
   entry->policy.~Object();
   entry->place.~Place();
-  entry->op.~optional();
+  entry->beside.~shared_ptr();
   entry->fingerprints.~vector();
+  entry->storages.~vector();
   entry->extents.~vector();
+  entry->original.~weak_intrusive_ptr();
   entry->value.~Tensor();
   PyTypeObject* type = Py_TYPE(object);
   type->tp_free(object);
@@ -930,7 +1208,10 @@ PyObject* saved_replace(PyObject* self, PyObject* argument) {
   TORCH_CHECK_TYPE(THPVariable_Check(argument), "replace() takes a tensor");
   ledger().remove(entry);
   entry->extents.clear();
+  entry->storages.clear();
+  entry->original.reset();
   entry->value = THPVariable_Unpack(argument).detach();
+  entry->versioned = entry->value.unsafeGetTensorImpl()->version_counter().enabled();
   entry->version = entry->versioned ? version_of(entry->value) : 0;
   entry->released = true;
   Py_RETURN_NONE;
@@ -947,7 +1228,11 @@ PyObject* saved_release(PyObject* self, PyObject*) {
 // Its version rose, its bytes did not change.
 PyObject* saved_accept(PyObject* self, PyObject*) {
   HANDLE_TH_ERRORS
-  saved(self)->version = version_of(saved(self)->value);
+  auto* entry = saved(self);
+  entry->version = entry->versioned ? version_of(entry->value) : 0;
+  entry->accounted = entry->version;
+  entry->unaccounted = false;
+  entry->beside.reset();
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -961,7 +1246,7 @@ PyObject* saved_get_value(PyObject* self, void*) {
 PyObject* saved_get_op(PyObject* self, void*) {
   HANDLE_TH_ERRORS
   const auto* entry = saved(self);
-  if (!entry->op) {
+  if (entry->op == nullptr) {
     Py_RETURN_NONE;
   }
   return operator_name(*entry->op).release();
@@ -972,6 +1257,20 @@ PyObject* saved_get_place(PyObject* self, void*) {
   HANDLE_TH_ERRORS
   return place_objects(saved(self)->place).release();
   END_HANDLE_TH_ERRORS
+}
+
+PyObject* saved_get_beside(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  const auto& raise = saved(self)->beside;
+  if (raise == nullptr) {
+    Py_RETURN_NONE;
+  }
+  return checked(PyTuple_Pack(2, operator_name(*raise->op).get(), place_objects(raise->place).get())).release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* saved_get_away(PyObject* self, void*) {
+  return PyBool_FromLong(saved(self)->away);
 }
 
 PyObject* saved_get_unread(PyObject* self, void*) {
@@ -1027,6 +1326,8 @@ PyGetSetDef saved_attributes[] = {
     {"op", saved_get_op, nullptr, nullptr, nullptr},
     {"place", saved_get_place, nullptr, nullptr, nullptr},
     {"result", saved_get_result, nullptr, nullptr, nullptr},
+    {"beside", saved_get_beside, nullptr, nullptr, nullptr},
+    {"away", saved_get_away, nullptr, nullptr, nullptr},
     {"unread", saved_get_unread, nullptr, nullptr, nullptr},
     {"stale", saved_get_stale, nullptr, nullptr, nullptr},
     {"lost", saved_get_lost, nullptr, nullptr, nullptr},
@@ -1071,6 +1372,7 @@ PyObject* enter(PyObject*, PyObject* policy) {
       c10::SafePyObject(share(hooks[0]).release(), getPyInterpreter()),
       c10::SafePyObject(share(hooks[1]).release(), getPyInterpreter()));
   set_policy(policy);
+  ++entered;
   c10::impl::tls_set_dispatch_key_included(kKey, true);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
@@ -1096,6 +1398,7 @@ PyObject* exit(PyObject*, PyObject* arguments) {
   for (; !others.empty(); others.pop_back()) {
     at::SavedTensorDefaultHooks::push_hooks(std::move(others.back().first), std::move(others.back().second));
   }
+  --entered;
   if (policy == Py_None) {
     c10::impl::tls_set_dispatch_key_included(kKey, false);
   }
@@ -1131,6 +1434,39 @@ PyObject* set_parameter_type(PyObject*, PyObject* type) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(PyType_Check(type), "guard_parameter_type takes a class");
   Py_XSETREF(parameter_type, reinterpret_cast<PyTypeObject*>(Py_NewRef(type)));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// A storage, by the address of its StorageImpl, has another size.
+PyObject* resized(PyObject*, PyObject* address) {
+  HANDLE_TH_ERRORS
+  void* storage = PyLong_AsVoidPtr(address);
+  if (storage == nullptr && PyErr_Occurred() != nullptr) {
+    return nullptr;
+  }
+  ledger().resized(static_cast<const c10::StorageImpl*>(storage));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// A compiled region is about to write `tensors`; `raise_versions` is called with them.
+PyObject* compiled_writes(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2, "guard_compiled_writes takes the tensors and a function");
+  static const auto* name = kept_for_ever(c10::OperatorName("torch::compile", ""));
+  const auto sequence = checked(PySequence_Fast(arguments[0], "guard_compiled_writes takes a sequence of tensors"));
+  std::vector<at::Tensor> tensors;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.get()); ++i) {
+    PyObject* item = PySequence_Fast_GET_ITEM(sequence.get(), i);
+    TORCH_CHECK_TYPE(THPVariable_Check(item), "guard_compiled_writes takes tensors");
+    tensors.push_back(THPVariable_Unpack(item));
+  }
+  Running entry{name, true, {}, {}, {}, {}, running};
+  Writes writes(entry);
+  writes.judge(tensors);
+  const auto result = checked(PyObject_CallOneArg(arguments[1], sequence.get()));
+  writes.finish();
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -1177,8 +1513,8 @@ PyObject* holders(PyObject*, PyObject* argument) {
   }
   const auto* storage = tensor.storage().unsafeGetStorageImpl();
   auto count = static_cast<long>(tensor.storage().use_count());
-  const auto found = ledger().by_base.find(static_cast<const char*>(storage->data()));
-  if (found != ledger().by_base.end()) {
+  const auto found = ledger().by_storage.find(storage);
+  if (found != ledger().by_storage.end()) {
     for (const auto* entry : found->second) {
       count -= entry->value.has_storage() && entry->value.storage().unsafeGetStorageImpl() == storage;
     }
@@ -1198,6 +1534,11 @@ PyMethodDef functions[] = {
     {"guard_holders", holders, METH_O, nullptr},
     {"guard_whose_code", set_whose_code, METH_VARARGS, nullptr},
     {"guard_parameter_type", set_parameter_type, METH_O, nullptr},
+    {"guard_resized", resized, METH_O, nullptr},
+    {"guard_compiled_writes",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(compiled_writes)),
+     METH_FASTCALL,
+     nullptr},
     {"guard_overlap", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(share_memory)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -33,9 +33,9 @@ _METHODS: dict[type[ast.operator], str] = {
     ast.Mod: "remainder_",
     ast.Pow: "pow_",
 }
-_COMPARE = frozenset("eq ne gt ge lt le logical_and logical_or logical_xor logical_not".split())
+_COMPARE = frozenset(["eq", "ne", "gt", "ge", "lt", "le", "logical_and", "logical_or", "logical_xor", "logical_not"])
 # autocast computes them in the dtype of their operands, and neither do they save their result.
-_ARITHMETIC = frozenset("add sub mul div".split())
+_ARITHMETIC = frozenset(["add", "sub", "mul", "div"])
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.Module)
 # What runs another time, another place or not as code: an assignment in there binds another name, or is none.
@@ -317,10 +317,9 @@ class _Write:
     def _written_by_name(self) -> Iterator[ast.expr]:
         """What the statement writes, or may write."""
         node = self.node
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if self.value(node.func) is _UNKNOWN:
-                yield node.func.value
-                return
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self.value(node.func) is _UNKNOWN:
+            yield node.func.value
+            return
         if isinstance(node, ast.Call):
             yield from node.args[:1]
             yield from (keyword.value for keyword in node.keywords if keyword.arg == "out")
@@ -499,9 +498,9 @@ class _Write:
             elif whole:
                 return Rewritten(_text(ast.Assign([store, *statement.targets], new)))
         code = self.frame.f_code
-        if isinstance(statement, ast.Return) and whole and isinstance(slot, ast.Name) and slot.id not in code.co_cellvars:
-            if not any(isinstance(node, ast.Try) for node in self.above):
-                return Rewritten(_text(ast.Return(new)))
+        local = isinstance(slot, ast.Name) and slot.id not in code.co_cellvars
+        if isinstance(statement, ast.Return) and whole and local and not any(isinstance(n, ast.Try) for n in self.above):
+            return Rewritten(_text(ast.Return(new)))
         if not isinstance(slot, ast.Name):
             return Rewritten()
         return Rewritten(_text(_replaced(statement, old, ast.NamedExpr(store, new))))  # type: ignore[arg-type]

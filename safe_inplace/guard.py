@@ -17,7 +17,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _C
 from ._modules import module_in_words, parameter_name
@@ -35,7 +36,7 @@ from ._rewrite import Rewritten, out_of_place
 __all__ = ["HazardError", "HazardWarning", "Site", "guard"]
 
 OnHazard = Literal["raise", "warn", "copy", "defer"]
-Kind = Literal["overwritten", "version", "unseen", "corrupted"]
+Kind = Literal["overwritten", "version", "unseen", "corrupted", "exchanged"]
 # Code and instruction of a line, the innermost module that was being called, code and instruction of the caller's line.
 Place = tuple[CodeType | None, int, "weakref.ref[torch.nn.Module] | None", CodeType | None, int]
 _NOWHERE: Place = (None, -1, None, None, -1)
@@ -54,6 +55,7 @@ _LIBRARIES = (
 _INSTALLED = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
 _OPTIMIZERS = os.path.join(_SITE, "torch", "optim") + os.sep
 _DDP = os.path.join(_SITE, "torch", "nn", "parallel", "distributed.py")
+_AOT = os.path.join("torch", "_functorch", "_aot_autograd") + os.sep
 _COMPILED_REGION = os.path.join("_aot_autograd", "runtime_wrappers.py")
 
 
@@ -64,8 +66,8 @@ def _whose_code(code: CodeType) -> int:
     if filename.endswith(_COMPILED_REGION):
         _say_once(
             "compiled region",
-            "safe_inplace.guard: inside a compiled region only what it saves is known; what its kernels write is found "
-            "by the version counter, in backward, or by guard(verify=True).",
+            "safe_inplace.guard: of a compiled region only what it saves and which of its inputs it writes is known; what else "
+            "its kernels write is found by guard(verify=True).",
         )
     if filename.startswith(("<frozen ", "<eval_with_key>", *_LIBRARIES)):
         return 0
@@ -176,6 +178,12 @@ class Hazard:
                 "pointers, custom kernels (Triton, ctypes).",
                 "Give the saving line a value of its own: clone() what that code writes to.",
             ]
+        if self.kind == "exchanged":
+            return [
+                "Write the new values into the memory that is there (with torch.no_grad(): x.copy_(new)) after backward, or "
+                "compute the forward again after the exchange.",
+                'Or guard("copy"): backward then has the values of the forward.',
+            ]
         if self.kind == "unseen":
             return [
                 "Put the code between this save and its backward under guard as well (guard is per thread): the write "
@@ -267,6 +275,8 @@ class Hazard:
             "version": f"{modified} (its version alone: backward would be right)",
             "unseen": f"{modified} that guard did not see",
             "corrupted": "a value needed for gradient computation changed, and no operator says that it wrote it",
+            "exchanged": "a tensor needed for gradient computation was given other memory with other values (x.data = ...): "
+            "torch alone would take these in backward",
         }[self.kind]
         lines = [paint("1;31", headline), ""]
         for label, code, site, what in (
@@ -383,15 +393,17 @@ def _let_higher_order_operators_pass() -> None:
 
 
 class _TorchPatches:
-    """What torch does with saved-tensor hooks while a guard is open: torch.func refuses to run below them, so guard's step
-    aside for a transform; hooks pushed inside hide what is saved from guard's, so guard looks through those of checkpoint and
-    says once that it cannot look through others."""
+    """What torch does while a guard is open. torch.func refuses to run below saved-tensor hooks, so guard's step aside for a
+    transform; hooks pushed inside hide what is saved from guard's, so guard looks through those of checkpoint and says once
+    that it cannot look through others. No operator says that a storage gives its memory back, or that a compiled region is
+    about to write."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open = 0
         self._torch_disable: Callable[[str], Any] | None = None
         self._torch_enter: Callable[[saved_tensors_hooks], None] | None = None
+        self._torch_increment: Callable[[Any], None] | None = None
 
     def enter(self) -> None:
         with self._lock:
@@ -401,6 +413,9 @@ class _TorchPatches:
                 self._torch_enter = saved_tensors_hooks.__enter__
                 torch.autograd.graph.disable_saved_tensors_hooks = self._step_aside  # type: ignore[assignment]
                 saved_tensors_hooks.__enter__ = _enter_hooks  # type: ignore[method-assign]
+                torch.UntypedStorage.resize_ = _resize_storage  # type: ignore[method-assign, assignment]
+                self._torch_increment = torch._C._increment_version
+                torch._C._increment_version = self._increment_version
 
     def exit(self) -> None:
         with self._lock:
@@ -408,6 +423,18 @@ class _TorchPatches:
             if self._open == 0:
                 torch.autograd.graph.disable_saved_tensors_hooks = self._torch_disable  # type: ignore[assignment]
                 saved_tensors_hooks.__enter__ = self._torch_enter  # type: ignore[method-assign, assignment]
+                del torch.UntypedStorage.resize_
+                torch._C._increment_version = self._torch_increment  # type: ignore[assignment]
+
+    def _increment_version(self, tensors: Iterable[torch.Tensor]) -> None:
+        """A compiled region says what its kernels write by raising the versions, before it runs. Whoever else raises one has
+        written already."""
+        assert self._torch_increment is not None
+        caller = sys._getframe(1).f_back
+        if caller is not None and _AOT in caller.f_code.co_filename and _C.guard_current() is not None:
+            _C.guard_compiled_writes(tuple(tensors), self._torch_increment)
+        else:
+            self._torch_increment(tensors)
 
     @contextmanager
     def _step_aside(self, error_message: str) -> Iterator[None]:
@@ -433,6 +460,12 @@ class _TorchPatches:
 
 
 _torch_patches = _TorchPatches()
+
+
+def _resize_storage(storage: torch.UntypedStorage, size: int) -> Any:
+    result = super(torch.UntypedStorage, storage).resize_(size)
+    _C.guard_resized(storage._cdata)
+    return result
 
 
 def _enter_hooks(hooks: saved_tensors_hooks) -> None:
@@ -492,8 +525,9 @@ def _short(operator: str) -> str:
     return operator.replace("::", ".")
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors that a traceable wrapper subclass is made of (DTensor, jagged nested tensors, ...)."""
+def _parts(tensor: torch.Tensor, arrived: bool = False) -> Iterator[torch.Tensor]:
+    """The plain tensors that a traceable wrapper subclass is made of (DTensor, jagged nested tensors, ...). With `arrived`,
+    what a collective is still bringing is waited for."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -507,8 +541,15 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
             f"safe_inplace.guard: {type(tensor).__name__} does not tell where its memory is; only its version is checked.",
         )
         return
+    if arrived and hasattr(tensor, "trigger_wait"):  # AsyncCollectiveTensor
+        with _disable_current_modes():
+            value = tensor.trigger_wait()
+        yield from _parts(value, arrived)
+        return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _parts(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):  # a DTensor names its mesh, too
+            yield from _parts(part, arrived)
 
 
 # ---- what a guard does about it
@@ -548,6 +589,10 @@ class _Raise:
 
     def corrupted(self, watch: guard, hazard: Hazard) -> None:
         """Backward asks for a value whose bytes are not what they were, or has asked for it."""
+        raise HazardError(hazard)
+
+    def exchanged(self, watch: guard, hazard: Hazard, saved: _C.Saved, now: torch.Tensor) -> torch.Tensor:
+        """Backward asks for a tensor that lies in other memory now; the answer is what it gets."""
         raise HazardError(hazard)
 
 
@@ -592,6 +637,10 @@ class _Warn(_Raise):
     def corrupted(self, watch: guard, hazard: Hazard) -> None:
         watch._warn(hazard)
 
+    def exchanged(self, watch: guard, hazard: Hazard, saved: _C.Saved, now: torch.Tensor) -> torch.Tensor:
+        watch._warn(hazard)
+        return now
+
 
 class _Copy(_Raise):
     """Copies what is about to be lost."""
@@ -617,6 +666,9 @@ class _Copy(_Raise):
         for entry in entries:
             watch._found(watch._note("version", entry, op, place), entry)
             entry.accept()
+
+    def exchanged(self, watch: guard, hazard: Hazard, saved: _C.Saved, now: torch.Tensor) -> torch.Tensor:
+        return saved.value
 
 
 _MODES: dict[str, _Raise] = {"raise": _Raise(), "warn": _Warn(), "copy": _Copy(), "defer": _Defer()}
@@ -654,6 +706,8 @@ def _is_of_a_module(value: torch.Tensor) -> bool:
 
 def _late(watch: guard, saved: _C.Saved) -> _Note:
     """The note that was made at the write, as it reads in backward."""
+    if saved.note is None and saved.beside is not None:
+        return watch._note("overwritten" if saved.away else "version", saved, *saved.beside)
     if saved.note is None:
         return watch._note("unseen", saved, None, _NOWHERE)
     key, hazard = saved.note
@@ -726,9 +780,7 @@ class guard:
         _open_here().append(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         here = _open_here()
         if self not in here:
             raise RuntimeError(
@@ -818,6 +870,16 @@ class guard:
         """Backward asks for a value that was overwritten, or whose version has changed."""
         _MODES[self.on_hazard].asked(self, saved)
 
+    def _on_exchange(self, saved: _C.Saved, now: torch.Tensor) -> torch.Tensor:
+        """Backward asks for a tensor that lies in other memory than when it was saved (x.data = ...). Torch alone takes what is
+        there now, which may be the same: parameters that were away, and came back."""
+        if not saved.stale and _same_bytes(saved.value, now):
+            return now
+        hazard = self._found(self._note("exchanged", saved, None, _NOWHERE), saved)
+        if saved.stale:
+            raise HazardError(hazard)
+        return _MODES[self.on_hazard].exchanged(self, hazard, saved, now)
+
     def _on_mismatch(self, saved: _C.Saved) -> None:
         """Backward asks for a value whose bytes have changed."""
         hazard = self._found(self._note("corrupted", saved, None, _NOWHERE), saved)
@@ -857,11 +919,28 @@ class guard:
         return list(_parts(tensor))
 
     @staticmethod
+    def _arrived_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return list(_parts(tensor, arrived=True))
+
+    @staticmethod
     def _written_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-        """A write leaves alone what describes the values: nested tensors of one structure share their offsets."""
+        """A write leaves alone what describes the values: nested tensors of one structure share their offsets, and indices
+        lie beside values of the tensor's own dtype."""
         if tensor.layout == torch.jagged and hasattr(tensor, "_values"):
             return list(_parts(tensor._values))  # type: ignore[arg-type]
-        return [part for part in _parts(tensor) if part.dtype == tensor.dtype]
+        parts = list(_parts(tensor))
+        if any(part.dtype == tensor.dtype for part in parts):
+            parts = [part for part in parts if part.dtype == tensor.dtype or part.dtype not in (torch.int32, torch.int64)]
+        return parts
+
+    @staticmethod
+    def _no_digest(device: str) -> None:
+        kind = device.partition(":")[0]
+        _say_once(
+            f"digest {kind}",
+            f"safe_inplace.guard: this build has no kernel that fingerprints on {kind}, so verify=True does not reach what is "
+            "saved there; writes that operators declare are judged as ever.",
+        )
 
     # -- the rest
 
@@ -1019,10 +1098,25 @@ def _nbytes(value: torch.Tensor) -> int:
     return value.numel() * value.element_size()
 
 
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
+        return False
+    with _unseen():
+        raw = [tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8) for tensor in (a, b)]
+        return torch.equal(*raw)
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """What guard computes itself: no graph, whatever mode the write runs under, and no mode sees it."""
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+        yield
+
+
 def _private_copy(value: torch.Tensor, copied: dict[tuple[Any, ...], torch.Tensor]) -> torch.Tensor:
     """A copy of `value` in memory of its own. Values that occupy the very same bytes, such as a weight and its transpose,
     share one."""
-    with torch.no_grad():
+    with _unseen():
         plain = (
             type(value) is torch.Tensor
             and value.layout == torch.strided
