@@ -355,6 +355,11 @@ bool stale(const SavedObject* entry) {
   return entry->versioned && version_of(entry->value) != entry->version;
 }
 
+// ... and every operator that did so was seen to leave its bytes alone: writes beside it, t_(), set_().
+bool seen_beside(const SavedObject* entry) {
+  return stale(entry) && entry->beside != nullptr && !entry->unaccounted && entry->accounted == version_of(entry->value);
+}
+
 // Memory that torch has not allocated (NumPy, DLPack, shared memory) may have other storages over it.
 bool borrowed(const c10::StorageImpl* storage) {
   return storage->allocator() == nullptr;
@@ -1137,7 +1142,7 @@ PyObject* unpack(PyObject*, PyObject* argument) {
         !entry->had_node || has_node(original.unsafeGetTensorImpl()),
         "Trying to use a saved tensor that has been detached in-place, i.e. with .detach_(). This is not supported, please "
         "use out-of-place `.detach()` instead");
-    if (exchanged(entry, original.unsafeGetTensorImpl())) {
+    if (!seen_beside(entry) && exchanged(entry, original.unsafeGetTensorImpl())) {
       const auto now = original.tensor_data();
       entry->unpacked += entry->unpacked_by != nullptr;
       if (policy == nullptr) {
@@ -1152,7 +1157,7 @@ PyObject* unpack(PyObject*, PyObject* argument) {
         policy != nullptr,
         "one of the variables needed for gradient computation has been modified by an inplace operation: it is at "
         "version ", version_of(entry->value), "; expected version ", entry->version, " instead");
-    if (entry->beside != nullptr && !entry->note && !entry->unaccounted && entry->accounted == version_of(entry->value)) {
+    if (seen_beside(entry) && !entry->note) {
       std::vector<Object> one;
       one.push_back(share(argument));
       ask_policy(policy, "_on_version", one, *entry->beside->op, entry->beside->place);

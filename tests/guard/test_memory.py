@@ -268,6 +268,22 @@ def test_a_write_after_an_exchange_is_said_to_be_inside():
         assert caught.value.hazard.kind == "exchanged" and "outside" not in str(caught.value)
 
 
+@pytest.mark.parametrize("change", [lambda c: c.t_(), lambda c: c.set_(torch.zeros(2, 3)), lambda c: c.resize_(1)])
+def test_an_operator_that_gives_a_tensor_another_layout_is_named_and_copy_is_right(change):
+    def run(watched):
+        x, c = leaf(2, 3), torch.full((2, 3), 2.0)
+        with watched:
+            y = x * c
+            change(c)
+            y.sum().backward()
+        return x.grad
+
+    with pytest.raises(HazardError) as caught:
+        run(guard())
+    assert caught.value.hazard.kind == "version" and "lambda c: c." in caught.value.mutation.source
+    assert torch.equal(run(guard("copy")), torch.full((2, 3), 2.0))
+
+
 @pytest.mark.parametrize("mode", ["raise", "warn", "copy"])
 def test_detach_inplace_is_refused_as_torch_does(mode):
     def run():
