@@ -480,7 +480,9 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
   check_writable(*call.input);
   torch::autograd::check_inplace(*call.input, any_requires_grad);
   Forward forward;
-  if (!plan_forward(call, forward)) {
+  const bool planned = plan_forward(call, forward);
+  // torch's kernel adds a multiple, but not torch's node: that hands on gradients whose memory others see.
+  if (!planned && !(call.op == op_index<Add> && !call.parameter.equal(1))) {
     return write_by_formula(call);
   }
 
@@ -512,7 +514,12 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
     if (kept.defined()) {
       set_kept(forward, call, kept);
     }
-    run_forward(forward, call);
+    if (planned) {
+      run_forward(forward, call);
+    } else {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      write_by_formula(call);
+    }
     torch::autograd::increment_version(*call.input);
   }
   if (node) {

@@ -541,3 +541,14 @@ def test_accumulation_copies_nothing(op):
         input.backward(grad)
     computed = sum(1 for position in range(1, 1 + len(op.operands)) if op.saves.get(op.arguments[position]))
     assert len(memory.allocations(FULL)) <= computed
+
+
+@pytest.mark.parametrize("alpha", [1, -1, 2, 0.5])
+def test_the_gradient_of_a_sum_with_a_multiple_is_the_leafs_own(alpha):
+    """torch's kernel adds the multiple; torch's node would give the caller's memory to the leaf behind a view."""
+    leaf, other, grad = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True), torch.ones(6)
+    for step in (1, 2, 3):
+        safe_inplace.add_(leaf.clone(), other, alpha=alpha).view(6).backward(grad)
+        assert torch.equal(grad, torch.ones(6))
+        assert torch.equal(leaf.grad, torch.full((2, 3), float(step)))
+        assert torch.equal(other.grad, torch.full((2, 3), float(alpha * step)))
