@@ -21,7 +21,8 @@ import contextlib
 import random
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 
@@ -54,8 +55,30 @@ class Variable:
     contiguous: bool = True
 
 
+# The steps that make a variable, and the places of the variables among a step's fields.
+PRODUCERS = {"leaf", "unary", "binary", "view", "detach", "grad"}
+REFERENCES = {
+    "unary": (1,),
+    "binary": (1, 2),
+    "view": (1,),
+    "detach": (1,),
+    "grad": (1, 2),
+    "write": (1, 3),
+    "plain_write": (1,),
+    "copy": (1, 2),
+    "set_slice": (1, 3),
+    "hook": (1,),
+    "retain_grad": (1,),
+    "backward": (1,),
+    "grad_write": (1,),
+}
+
+
 @dataclass
 class Program:
+    producers: ClassVar = PRODUCERS
+    references: ClassVar = REFERENCES
+
     seed: str
     dtype: torch.dtype
     steps: list = field(default_factory=list)
@@ -66,15 +89,12 @@ class Program:
         count = 0
         for index, step in enumerate(self.steps):
             target = ""
-            if step[0] in PRODUCERS:
+            if step[0] in self.producers:
                 target = f"v{count} = "
                 count += 1
             arguments = ", ".join(map(repr, step[1:]))
             lines.append(f"{index:3}: {target}{step[0]}({arguments})")
         return "\n".join(lines)
-
-
-PRODUCERS = {"leaf", "unary", "binary", "view", "detach", "grad"}
 
 
 def broadcasts(shape, target):
@@ -379,12 +399,16 @@ class Run:
     def run(self, stop=None):
         """Until the end, the refusal of a step, or before the step `stop`."""
         self.stopped = stop
-        for index, step in enumerate(self.program.steps[:stop]):
-            try:
-                getattr(self, "do_" + step[0])(*step[1:])
-            except RuntimeError as error:
-                raise Refused(index, error) from error
+        for index in range(len(self.program.steps[:stop])):
+            self.step(index)
         return self
+
+    def step(self, index):
+        name, *arguments = self.program.steps[index]
+        try:
+            getattr(self, "do_" + name)(*arguments)
+        except RuntimeError as error:
+            raise Refused(index, error) from error
 
     def read(self, index):
         return self.variables[index]
@@ -831,47 +855,30 @@ def check(program, functions=None, functional=False) -> str:
     return "only torch refuses"
 
 
-def fails(program, functions=None) -> bool:
-    try:
-        check(program, functions)
-    except AssertionError:
-        return True
-    return False
-
-
-def shrink(program, functions=None) -> Program:
+def shrink(program, check) -> Program:
     """Leave out steps, last first, as long as the program still fails."""
+
+    def fails(program):
+        try:
+            check(program)
+        except AssertionError:
+            return True
+        return False
+
     index = len(program.steps) - 1
     while index >= 0:
         smaller = without(program, index)
-        if smaller is not None and fails(smaller, functions):
+        if smaller is not None and fails(smaller):
             program = smaller
         index -= 1
     return program
 
 
-REFERENCES = {
-    "unary": (1,),
-    "binary": (1, 2),
-    "view": (1,),
-    "detach": (1,),
-    "grad": (1, 2),
-    "write": (1, 3),
-    "plain_write": (1,),
-    "copy": (1, 2),
-    "set_slice": (1, 3),
-    "hook": (1,),
-    "retain_grad": (1,),
-    "backward": (1,),
-    "grad_write": (1,),
-}
-
-
 def without(program, index):
     """The program less one step, or None where a later step needs its variable."""
     removed = None
-    if program.steps[index][0] in PRODUCERS:
-        removed = sum(step[0] in PRODUCERS for step in program.steps[:index])
+    if program.steps[index][0] in program.producers:
+        removed = sum(step[0] in program.producers for step in program.steps[:index])
 
     def renumber(value):
         if isinstance(value, tuple):
@@ -885,36 +892,39 @@ def without(program, index):
     steps = list(program.steps[:index])
     try:
         for step in program.steps[index + 1 :]:
-            places = REFERENCES.get(step[0], ())
+            places = program.references.get(step[0], ())
             steps.append(tuple(renumber(v) if i in places else v for i, v in enumerate(step)))
     except LookupError:
         return None
-    return Program(program.seed, program.dtype, steps)
+    return replace(program, steps=steps)
 
 
-def report(seed, error, functions=None) -> str:
-    small = shrink(generate(seed), functions)
-    return (
-        f"seed {seed!r}: {error}\n"
-        f"reproduce: python -m tests.fuzz --seed {seed.split(':')[0]} --only {seed.split(':')[1]}\n"
-        f"shrunk:\n{small}"
-    )
-
-
-def fuzz(seed, indices, functions=None):
-    """Checks the programs of a seed; counts how they ended, raises at the first that fails."""
+def search(module, seed, indices, generate, check):
+    """Checks the programs of a seed; counts how they ended, raises at the first that fails, shrunk."""
     ends = Counter()
     for index in indices:
-        name = f"{seed}:{index}"
+        program = generate(f"{seed}:{index}")
         try:
-            ends[check(generate(name), functions, functional=index % 20 == 0)] += 1
+            ends[check(program, index)] += 1
         except Exception as error:
-            raise Disagreement(report(name, error, functions)) from error
+            small = shrink(program, lambda smaller: check(smaller, index))
+            raise Disagreement(
+                f"seed {program.seed!r}: {error}\n"
+                f"reproduce: python -m {module} --seed {seed} --only {index}\n"
+                f"shrunk:\n{small}"
+            ) from error
     return ends
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n")[0])
+def fuzz(seed, indices, functions=None):
+    def check_one(program, index):
+        return check(program, functions, functional=index % 20 == 0)
+
+    return search("tests.fuzz", seed, indices, generate, check_one)
+
+
+def command_line(module, description, generate, fuzz, arguments=None):
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--programs", type=int, default=100_000, help="how many (100000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the whole series (0)")
     parser.add_argument("--start", type=int, default=0, help="first program of the series (0)")
@@ -936,6 +946,10 @@ def main(arguments=None):
     for end, count in ends.most_common():
         print(f"{end}: {count}")
     return 0
+
+
+def main(arguments=None):
+    return command_line("tests.fuzz", __doc__.split("\n")[0], generate, fuzz, arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""The differential test of backward in slices, and the proof that it sees what it is there to see."""
+
+import os
+
+import pytest
+import torch
+
+from . import fuzz, fuzz_backward
+from .op_table import BY_NAME, OPS
+
+PROGRAMS = int(os.environ.get("SAFE_INPLACE_FUZZ_BACKWARD_PROGRAMS", 600))
+SEED = int(os.environ.get("SAFE_INPLACE_FUZZ_SEED", 0))
+SLICES = 6
+
+
+@pytest.mark.parametrize("part", range(SLICES))
+def test_programs(part):
+    indices = range(part * PROGRAMS // SLICES, (part + 1) * PROGRAMS // SLICES)
+    ends = fuzz_backward.fuzz_backward(SEED, indices)
+    assert sum(ends.values()) == len(indices)
+
+
+def refusing_first(write):
+    """torch asks a Function's written input whether it may be written when it has been."""
+
+    def function(input, *operands, **parameters):
+        before, version = input.detach().clone(), input._version
+        try:
+            write(input, *operands, **parameters)
+        except RuntimeError:
+            input.data.copy_(before)
+            torch._C._autograd._unsafe_set_version_counter((input,), (version,))
+            raise
+        return input
+
+    return function
+
+
+def ideal(name):
+    @refusing_first
+    def write(input, *operands, **parameters):
+        fuzz_backward.write_ideally(BY_NAME[name], input, operands, parameters)
+
+    return write
+
+
+IDEAL = {op.name: ideal(op.name) for op in OPS}
+
+
+def test_most_programs_agree():
+    """Few are refused, or wrong by torch's own doing; with ideal ops none is found."""
+    ends = fuzz_backward.fuzz_backward("ends", range(200), IDEAL)
+    assert ends["agree"] > 150
+    assert ends["refused"] > 2
+    assert ends["wrong by torch's own nodes"] > 2
+
+
+def test_generator_is_reproducible():
+    for index in range(50):
+        assert str(fuzz_backward.generate(f"0:{index}")) == str(fuzz_backward.generate(f"0:{index}"))
+    assert len({str(fuzz_backward.generate(f"0:{index}")) for index in range(50)}) == 50
+
+
+class Faulty(torch.autograd.Function):
+    """add_ or mul_, with a fault in its backward."""
+
+    @staticmethod
+    def forward(ctx, input, other, name, fault):
+        ctx.old, ctx.other, ctx.name, ctx.fault = input.clone(), other.clone(), name, fault
+        ctx.mark_dirty(input)  # counts the version
+        getattr(input.data, name)(other)
+        return input
+
+    @staticmethod
+    def backward(ctx, grad):
+        # vmap's tensors have no memory of their own to be at fault with
+        fault = right if torch._C._functorch.is_legacy_batchedtensor(grad) else ctx.fault
+        return *fault(ctx, grad), None, None
+
+
+def right(ctx, grad):
+    shape = ctx.other.shape
+    if ctx.name == "add_":
+        return grad.clone(), grad.sum_to_size(shape).clone()
+    return grad * ctx.other.conj(), (grad * ctx.old.conj()).sum_to_size(shape)
+
+
+def one_memory_for_two(ctx, grad):
+    of_input, of_other = right(ctx, grad)
+    if of_input.shape == of_other.shape and not torch.is_grad_enabled():
+        of_other = of_input.data
+    return of_input, of_other
+
+
+def overwrites_what_it_gets(ctx, grad):
+    of_input, of_other = right(ctx, grad)
+    with torch.no_grad():
+        return (grad.copy_(of_input) if grad.is_contiguous() else of_input), of_other
+
+
+def overwrites_what_it_kept(ctx, grad):
+    of_input, of_other = right(ctx, grad)
+    with torch.no_grad():
+        ctx.old.mul_(2)
+    return of_input, of_other
+
+
+def one_buffer_for_every_pass(ctx, grad):
+    of_input, of_other = right(ctx, grad)
+    with torch.no_grad():
+        ctx.buffer = ctx.buffer.copy_(of_input) if hasattr(ctx, "buffer") else of_input
+    return ctx.buffer, of_other
+
+
+def forgets_the_graph(ctx, grad):
+    with torch.no_grad():
+        return right(ctx, grad)
+
+
+def forgets_the_second_pass(ctx, grad):
+    of_input, of_other = right(ctx, grad)
+    again, ctx.again = getattr(ctx, "again", False), True
+    return of_input, None if again else of_other
+
+
+def refuses_the_second_pass(ctx, grad):
+    if getattr(ctx, "again", False):
+        raise RuntimeError("once is enough")
+    ctx.again = True
+    return right(ctx, grad)
+
+
+FAULTS = [
+    ("add_", one_memory_for_two),
+    ("mul_", overwrites_what_it_gets),
+    ("mul_", overwrites_what_it_kept),
+    ("mul_", one_buffer_for_every_pass),
+    ("mul_", forgets_the_graph),
+    ("mul_", forgets_the_second_pass),
+    ("mul_", refuses_the_second_pass),
+]
+
+
+def planted(name, fault):
+    """Ideal ops, but for one that is faulty where its operand is a tensor and it has no parameter."""
+
+    @refusing_first
+    def faulty(input, other, **parameters):
+        if isinstance(other, torch.Tensor) and not parameters:
+            Faulty.apply(input, other, name, fault)
+        else:
+            IDEAL[name](input, other, **parameters)
+
+    return IDEAL | {name: faulty}
+
+
+@pytest.mark.parametrize("name, fault", FAULTS, ids=lambda f: getattr(f, "__name__", f))
+def test_the_fuzz_finds(name, fault):
+    with pytest.raises(fuzz.Disagreement, match=r"reproduce: python -m tests\.fuzz_backward"):
+        fuzz_backward.fuzz_backward("broken", range(1000), planted(name, fault))
+
+
+def test_the_fuzz_finds_that_torch_hands_on_what_others_see():
+    ops = {name: refusing_first(BY_NAME[name].two_step) for name in ("add_", "addcmul_")}
+    with pytest.raises(fuzz.Disagreement, match=r"share memory|was written|instead of"):
+        fuzz_backward.fuzz_backward("broken", range(1000), IDEAL | ops)
+
+
+def test_what_it_finds_is_shrunk():
+    with pytest.raises(fuzz.Disagreement) as found:
+        fuzz_backward.fuzz_backward("broken", range(1000), planted("mul_", overwrites_what_it_gets))
+    assert str(found.value).split("shrunk:")[1].count("op(") == 1
+
+
+def test_command_line(capsys):
+    assert fuzz_backward.main(["--programs", "20", "--seed", "3"]) == 0
+    assert "agree" in capsys.readouterr().out
+    assert fuzz_backward.main(["--only", "7"]) == 0
+    assert str(fuzz_backward.generate("0:7")) in capsys.readouterr().out
