@@ -482,7 +482,7 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
   Forward forward;
   const bool planned = plan_forward(call, forward);
   // torch's kernel adds a multiple, but not torch's node: that hands on gradients whose memory others see.
-  if (!planned && !(call.op == op_index<Add> && !call.parameter.equal(1))) {
+  if (!planned && !(call.op == op_index<Add> && !equals(call.parameter, 1))) {
     return write_by_formula(call);
   }
 
