@@ -456,7 +456,8 @@ at::Tensor kept_by_operator(const Call& call) {
     return input.clone();
   }
   const Operand& other = call.operands[0];
-  return (other.tensor != nullptr ? at::add(input, *other.tensor) : at::add(input, other.number)).to(input.scalar_type());
+  const at::Tensor sum = other.tensor != nullptr ? at::add(input, *other.tensor) : at::add(input, other.number);
+  return sum.scalar_type() == input.scalar_type() ? sum : sum.to(input.scalar_type()); // which would be seen to return its input
 }
 
 } // namespace

@@ -1290,6 +1290,10 @@ PyObject* saved_get_stale(PyObject* self, void*) {
   return PyBool_FromLong(stale(saved(self)));
 }
 
+PyObject* saved_get_unaccounted(PyObject* self, void*) {
+  return PyBool_FromLong(stale(saved(self)) && !seen_beside(saved(self)));
+}
+
 PyObject* saved_get_lost(PyObject* self, void*) {
   return PyBool_FromLong(saved(self)->lost);
 }
@@ -1335,6 +1339,7 @@ PyGetSetDef saved_attributes[] = {
     {"away", saved_get_away, nullptr, nullptr, nullptr},
     {"unread", saved_get_unread, nullptr, nullptr, nullptr},
     {"stale", saved_get_stale, nullptr, nullptr, nullptr},
+    {"unaccounted", saved_get_unaccounted, nullptr, nullptr, nullptr},
     {"lost", saved_get_lost, nullptr, nullptr, nullptr},
     {"leaf", saved_get_leaf, nullptr, nullptr, nullptr},
     {"parameter", saved_get_parameter, nullptr, nullptr, nullptr},

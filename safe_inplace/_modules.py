@@ -48,7 +48,7 @@ def _path(module: Module) -> str:
 
 
 def module_in_words(module: Module) -> str:
-    if module not in _parents:
+    if _parent(module) is None:
         _look()
     words = type(module).__name__
     if type(module).__module__.startswith("torch.nn.") and not module._modules:

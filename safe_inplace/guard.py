@@ -651,7 +651,7 @@ class _Copy(_Raise):
         copied: dict[tuple[Any, ...], torch.Tensor] = {}
         pairs: dict[int, tuple[_Note, _C.Saved, int]] = {}
         for entry in entries:
-            if entry.stale:
+            if entry.unaccounted:
                 continue  # lost before this guard could see it: a copy would hide that from backward
             note = watch._note("overwritten", entry, op, place)
             nbytes, before = _nbytes(entry.value), len(copied)

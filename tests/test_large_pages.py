@@ -40,19 +40,26 @@ def node_output(size: int) -> torch.Tensor:
 SIZES = pytest.mark.parametrize("size, large", [(64 * MiB, True), (16 * MiB, False)])
 
 
+def asked_for_large_pages() -> int:
+    """The bytes of all mappings that carry the mark."""
+    asked = size = 0
+    for line in SMAPS.read_text().splitlines():
+        mapping = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if mapping:
+            begin, end = (int(bound, 16) for bound in mapping.groups())
+            size = end - begin
+        elif line.startswith("VmFlags:") and "hg" in line.split():
+            asked += size
+    return asked
+
+
 @SIZES
 def test_the_kept_copy(size, large):
-    kept: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
+    """Saved-tensor hooks would show it, but where they are the copy is made ahead, by torch."""
     x = node_output(size)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = safe_inplace.mul_(x, torch.full((1,), 2.0, requires_grad=True))
-    copies = [tensor for tensor in kept if tensor.numel() == x.numel()]
-    assert [large_pages_asked_for(tensor) for tensor in copies] == [large]
+    before = asked_for_large_pages()
+    result = safe_inplace.mul_(x, torch.full((1,), 2.0, requires_grad=True))
+    assert (asked_for_large_pages() - before >= size - 2 * MiB) == large
     assert not large_pages_asked_for(result)
 
 
