@@ -256,7 +256,7 @@ def test_numbers_under_a_mode(value, call, mode):
 
 @pytest.mark.parametrize("value", [2**63, 2**64 - 1, np.longdouble(0.3), np.complex64(0.5), torch.tensor(0.3)], ids=repr)
 def test_gradients_beside_a_number(value):
-    """As torch's, but for the alpha that its own add_ takes and then refuses in backward: there as with a tensor of that value."""
+    """As torch's, but for the alpha that its own add_ takes and refuses in backward: there as with a tensor of that value."""
 
     def gradients(call):
         x, y = (t.clone().requires_grad_() for t in make(torch.float64))
