@@ -102,7 +102,7 @@ def _path(code: CodeType | None, instruction: int) -> list[ast.AST]:
 
 
 def _begin(node: ast.AST) -> tuple[int, int]:
-    return (node.lineno, node.col_offset) if hasattr(node, "col_offset") else (sys.maxsize, 0)
+    return (node.lineno, node.col_offset) if hasattr(node, "col_offset") else (sys.maxsize, 0)  # type: ignore[attr-defined]
 
 
 def _end(node: ast.AST) -> tuple[int, int]:
@@ -253,7 +253,7 @@ class _Write:
             return False
         copied = isinstance(slot, ast.Name) and not self.at_module_level
         # The slot and its copy, the stacks, `kept` and this call.
-        expected = 1 + copied + held + 2 + (_HANDLE if kept[0]._use_count() > 1 else 0)
+        expected = 1 + copied + held + 2 + (_HANDLE if kept[0]._use_count() > 1 else 0)  # type: ignore[attr-defined]
         return sys.getrefcount(kept[0]) == expected and self._is_fresh(slot)
 
     def _is_a_place_of_its_own(self, slot: ast.expr) -> bool:

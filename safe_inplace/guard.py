@@ -105,7 +105,7 @@ def _site(place: Place) -> Site | None:
     code, instruction, module, caller, at = place
     if code is None:
         return None
-    called = module and module()
+    called = module() if module is not None else None
     return _line(
         code,
         instruction,
