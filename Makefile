@@ -89,6 +89,9 @@ TESTS ?= $(filter-out $(addprefix tests/,test_benchmarks.py test_compile.py test
 	$(wildcard tests/test_*.py)) tests/guard/test_guard.py tests/guard/test_bugs.py tests/guard/test_torch_features.py
 SANITIZE := -fsanitize=$(SANITIZER) -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
+# The second: the first asks for it before anything that throws has been loaded.
+SANITIZER_LIBRARIES = $(foreach name,$(if $(findstring thread,$(SANITIZER)),tsan,asan) stdc++,$$($(CXX) -print-file-name=lib$(name).so))
+
 sanitize: $(venv) $(foreach name,$(TEST_EXTRAS),$(call extra,$(name)))
 	$(call say,building the extension with $(SANITIZER) for $(TORCH); all that the compilers say is in $(SANITIZED)/log)
 	@mkdir -p $(SANITIZED)/tree
@@ -97,8 +100,8 @@ sanitize: $(venv) $(foreach name,$(TEST_EXTRAS),$(call extra,$(name)))
 	@cd $(SANITIZED)/tree && SAFE_INPLACE_CXXFLAGS='-O1 -g1 $(SANITIZE)' LDFLAGS='$(SANITIZE)' FORCE_CUDA=0 \
 		$(abspath $(PY)) setup.py build_ext --inplace > ../log 2>&1 || { tail -n 40 ../log; exit 1; }
 	$(call say,tests with $(SANITIZER))
-	@cd $(SANITIZED)/tree && PYTHONPATH=$$PWD LD_PRELOAD="$$($(CXX) -print-file-name=lib$(if $(findstring thread,$(SANITIZER)),tsan,asan).so) \
-		$$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	@cd $(SANITIZED)/tree && PYTHONPATH=$$PWD LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 \
 		$(abspath $(PY)) -m pytest -n $(MAX_JOBS) --dist worksteal -p no:cacheprovider $(TESTS) $(ARGS)
 
 clean:

@@ -15,11 +15,22 @@ from . import _C
 _parents: weakref.WeakKeyDictionary[Module, list[tuple[weakref.ref[Module], str]]] = weakref.WeakKeyDictionary()
 
 
+def live_modules() -> list[Module]:
+    """All modules that there are: nothing in a module, or in its tensors, says who holds it."""
+    classes: set[type] = set()
+    subclasses: list[type] = [Module]
+    while subclasses:
+        found = subclasses.pop()
+        if found not in classes:
+            classes.add(found)
+            subclasses += type.__subclasses__(found)
+    # Millions of objects may be asked, so the question is a short one; and of the type: a proxy's __class__ is another's.
+    return [thing for thing in gc.get_objects() if type(thing) in classes]
+
+
 def _look() -> None:
-    """Finds all modules that there are: nothing in a module says who holds it."""
     _parents.clear()
-    # The type is asked: a proxy's __class__ is what it stands for.
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), Module)]
+    modules = live_modules()
     for module in modules:
         _parents.setdefault(module, [])
     for module in modules:

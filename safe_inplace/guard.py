@@ -7,7 +7,6 @@ a hazard means, what to tell the user, and what to copy.
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import linecache
 import os
@@ -30,7 +29,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _C
-from ._modules import module_in_words, parameter_name
+from ._modules import live_modules, module_in_words, parameter_name
 from ._rewrite import Rewritten, out_of_place
 
 __all__ = ["HazardError", "HazardWarning", "Site", "guard"]
@@ -693,12 +692,11 @@ def _is_of_a_module(value: torch.Tensor) -> bool:
     if value.layout != torch.strided or type(value) is not torch.Tensor:
         return False
     memory = value.untyped_storage().data_ptr()
-    modules = [one for one in gc.get_objects() if issubclass(type(one), torch.nn.Module)]
     return any(
         type(state) in (torch.Tensor, torch.nn.Parameter)
         and state.layout == torch.strided
         and state.untyped_storage().data_ptr() == memory
-        for module in modules
+        for module in live_modules()
         for kind in ("_buffers", "_parameters")
         for state in module.__dict__.get(kind, {}).values()
     )
