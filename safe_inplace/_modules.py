@@ -72,9 +72,9 @@ def _same_memory(parameter: Any, value: torch.Tensor) -> bool:
     return parameter is not None and _C.guard_overlap(parameter, value)
 
 
-def parameter_name(value: torch.Tensor) -> str | None:
-    """The name of the parameter that a value is, or is a view of."""
-    for again in (False, True):
+def parameter_name(value: torch.Tensor, look: bool) -> str | None:
+    """The name of the parameter that a value is, or is a view of; where no known module has it, and `look`, of all there are."""
+    for again in (False, True) if look else (False,):
         if again:
             _look()
         for module in list(_parents):

@@ -88,8 +88,21 @@ class Site:
     function: str
     source: str
     columns: tuple[int, int] | None = field(default=None, compare=False, repr=False)
-    module: str | None = field(default=None, compare=False)  # the innermost one that was being called, by its path
+    called: weakref.ref[torch.nn.Module] | str | None = field(default=None, compare=False, repr=False)
     caller: Site | None = field(default=None, compare=False)  # the user's line that led there, into an installed package
+
+    @property
+    def module(self) -> str | None:
+        """The innermost module that was being called, by its path. Looked up when it is asked for: most lines never are."""
+        if not isinstance(self.called, weakref.ref):
+            return self.called
+        module = self.called()
+        words = module_in_words(module) if module is not None else None
+        object.__setattr__(self, "called", words)
+        return words
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Site, (self.filename, self.lineno, self.function, self.source, self.columns, self.module, self.caller)
 
     def __str__(self) -> str:
         return f"{self.filename}:{self.lineno}, in {self.function}"
@@ -104,16 +117,12 @@ def _site(place: Place) -> Site | None:
     code, instruction, module, caller, at = place
     if code is None:
         return None
-    called = module() if module is not None else None
-    return _line(
-        code,
-        instruction,
-        module_in_words(called) if called is not None else None,
-        _line(caller, at) if caller is not None else None,
-    )
+    return _line(code, instruction, module, _line(caller, at) if caller is not None else None)
 
 
-def _line(code: CodeType, instruction: int, module: str | None = None, caller: Site | None = None) -> Site:
+def _line(
+    code: CodeType, instruction: int, called: weakref.ref[torch.nn.Module] | None = None, caller: Site | None = None
+) -> Site:
     lineno, end_lineno, column, end_column = next(
         islice(code.co_positions(), max(instruction, 0) // 2, None), (None, None, None, None)
     )
@@ -126,7 +135,7 @@ def _line(code: CodeType, instruction: int, module: str | None = None, caller: S
         raw, indent = line.encode(), len(line) - len(line.lstrip())
         begin = len(raw[:column].decode(errors="replace")) - indent
         columns = (begin, begin + len(raw[column:end_column].decode(errors="replace")))
-    return Site(code.co_filename, lineno, code.co_qualname, source, columns, module, caller)
+    return Site(code.co_filename, lineno, code.co_qualname, source, columns, called, caller)
 
 
 # ---- what is reported
@@ -981,7 +990,9 @@ class guard:
             if hazard is None:
                 hazard = described
                 if saved is not None:
-                    named = parameter_name(saved.value) if saved.parameter else None
+                    # A parameter is mostly saved by a call of a module. Elsewhere a search of all modules would find none.
+                    look = saved.place[2] is not None
+                    named = parameter_name(saved.value, look) if saved.parameter else None
                     hazard = replace(described, parameter=named, **_value_of(saved))
                 self._hazards[key] = hazard
             hazard.count += 1
