@@ -141,6 +141,13 @@ TENSORS = {
 }
 
 # name -> our call, torch's call; x and y are two tensors, v the value in question
+
+
+def wide(y):
+    """torch 2.14 has a complex dtype of bfloat16 parts, and does not refuse to write it to real numbers."""
+    return y.float() if y.dtype is torch.bfloat16 else y
+
+
 CALLS = {
     "add_ other": (lambda x, y, v: si.add_(x, v), lambda x, y, v: x.add_(v)),
     "add_ other, alpha": (lambda x, y, v: si.add_(x, v, alpha=2), lambda x, y, v: x.add_(v, alpha=2)),
@@ -149,8 +156,8 @@ CALLS = {
     "add_mul_ scale": (lambda x, y, v: si.add_mul_(x, y, v), lambda x, y, v: x.add_(y).mul_(v)),
     "mul_add_ scale": (lambda x, y, v: si.mul_add_(x, v, y), lambda x, y, v: x.mul_(v).add_(y)),
     "mul_add_ shift": (lambda x, y, v: si.mul_add_(x, y, v), lambda x, y, v: x.mul_(y).add_(v)),
-    "addcmul_ tensor1": (lambda x, y, v: si.addcmul_(x, v, y), lambda x, y, v: x.add_(y.mul(v))),
-    "addcmul_ tensor2": (lambda x, y, v: si.addcmul_(x, y, v), lambda x, y, v: x.add_(y.mul(v))),
+    "addcmul_ tensor1": (lambda x, y, v: si.addcmul_(x, v, y), lambda x, y, v: x.add_(wide(y).mul(v))),
+    "addcmul_ tensor2": (lambda x, y, v: si.addcmul_(x, y, v), lambda x, y, v: x.add_(wide(y).mul(v))),
     "addcmul_ both": (lambda x, y, v: si.addcmul_(x, v, True), lambda x, y, v: x.add_(v)),
 }
 PARAMETERS = {
