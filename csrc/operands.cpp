@@ -195,14 +195,22 @@ void check_shape(const at::Tensor& input, const at::Tensor& operand) {
               " doesn't match the broadcast shape ", at::IntArrayRef(shape));
 }
 
-// Bytes from the first to behind the last element.
-std::pair<uintptr_t, uintptr_t> byte_range(const at::Tensor& tensor) {
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+// How many elements of memory lie from the first to behind the last.
+int64_t span_of(const at::Tensor& tensor) {
+  if (tensor.is_non_overlapping_and_dense()) {
+    return tensor.numel();
+  }
   int64_t last = 0;
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
     last += (tensor.size(dim) - 1) * tensor.stride(dim);
   }
-  return {begin, begin + (last + 1) * tensor.element_size()};
+  return last + 1;
+}
+
+// Bytes from the first to behind the last element.
+std::pair<uintptr_t, uintptr_t> byte_range(const at::Tensor& tensor) {
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return {begin, begin + span_of(tensor) * tensor.element_size()};
 }
 
 // A storage may have been shrunk or given back since the tensor was made of it: what lies behind its end is not the tensor's.
@@ -210,15 +218,7 @@ void check_allocated(const at::Tensor& tensor, const char* op, const char* role,
   if (tensor.numel() == 0) {
     return;
   }
-  int64_t last = tensor.storage_offset();
-  if (tensor.is_non_overlapping_and_dense()) {
-    last += tensor.numel() - 1;
-  } else {
-    for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-      last += (tensor.size(dim) - 1) * tensor.stride(dim);
-    }
-  }
-  const size_t needed = static_cast<size_t>(last + 1) * tensor.element_size();
+  const size_t needed = static_cast<size_t>(tensor.storage_offset() + span_of(tensor)) * tensor.element_size();
   const size_t held = tensor.storage().unsafeGetStorageImpl()->nbytes();
   TORCH_CHECK(needed <= held, op, "(): ", role, " '", name, "' has lost its memory: its storage holds ", held,
               " bytes and its elements take ", needed, "; resize the storage before the call, or use a tensor that has memory");
