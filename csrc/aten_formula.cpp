@@ -62,7 +62,7 @@ struct Protected {
       if (operand == nullptr) {
         continue;
       }
-      const bool saved = gradient && (operand->is_same(input) || share_storage(*operand, input));
+      const bool saved = gradient && share_storage(*operand, input);
       if (saved || (plain && !readable_in_place(input, *operand))) {
         copies[i] = operand->clone();
         call.operands[i].tensor = &copies[i];

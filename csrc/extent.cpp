@@ -1,5 +1,8 @@
 #include "extent.h"
 
+#include <c10/util/ArrayRef.h>
+#include <c10/util/SmallVector.h>
+
 #include <algorithm>
 #include <numeric>
 
@@ -67,7 +70,7 @@ bool apart_in_period(const Extent& a, const Extent& b) {
 // this one have led; those from here on must take it back to 0. They are in order of falling stride, so that few steps can.
 class ReturningStep {
  public:
-  explicit ReturningStep(const std::vector<Extent::Dimension>& dimensions) : dimensions_(dimensions) {}
+  explicit ReturningStep(c10::ArrayRef<Extent::Dimension> dimensions) : dimensions_(dimensions) {}
 
   bool exists(size_t at = 0, int64_t offset = 0, bool moved = false) {
     if (at == dimensions_.size()) {
@@ -93,7 +96,7 @@ class ReturningStep {
     return a >= 0 ? a / b : -((-a + b - 1) / b);
   }
 
-  const std::vector<Extent::Dimension>& dimensions_;
+  c10::ArrayRef<Extent::Dimension> dimensions_;
   int64_t budget_ = kMostBlocks;
 };
 
@@ -103,17 +106,27 @@ bool overlaps_itself(const at::Tensor& tensor) {
   if (tensor.is_non_overlapping_and_dense() || tensor.numel() <= 1) {
     return false;
   }
-  std::vector<Extent::Dimension> dimensions;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1 && tensor.stride(d) == 0) {
+  c10::SmallVector<Extent::Dimension, 6> dimensions; // in order of falling stride
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 1) {
+      continue;
+    }
+    if (strides[d] == 0) {
       return true;
     }
-    if (tensor.size(d) > 1) {
-      dimensions.push_back({tensor.stride(d), tensor.size(d)});
-    }
+    const auto* place = std::find_if(dimensions.begin(), dimensions.end(), [&](const auto& other) { return other.stride < strides[d]; });
+    dimensions.insert(dimensions.begin() + (place - dimensions.begin()), {strides[d], sizes[d]});
   }
-  std::stable_sort(dimensions.begin(), dimensions.end(), [](const auto& a, const auto& b) { return a.stride > b.stride; });
-  return ReturningStep(dimensions).exists();
+  // Nearly always each one steps over all that is inside it.
+  int64_t inside = 0;
+  const bool apart = std::all_of(dimensions.rbegin(), dimensions.rend(), [&](const auto& dimension) {
+    const bool steps_over = dimension.stride > inside;
+    inside += dimension.stride * (dimension.size - 1);
+    return steps_over;
+  });
+  return !apart && ReturningStep(dimensions).exists();
 }
 
 int64_t Extent::count() const {

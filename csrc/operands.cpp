@@ -72,7 +72,7 @@ void check_writable(const at::Tensor& input) {
 }
 
 bool share_storage(const at::Tensor& a, const at::Tensor& b) {
-  return a.has_storage() && b.has_storage() && a.is_alias_of(b);
+  return a.is_same(b) || (a.has_storage() && b.has_storage() && a.is_alias_of(b));
 }
 
 bool kernel_dtype(at::ScalarType type, DType& dtype) {
@@ -196,13 +196,15 @@ void check_shape(const at::Tensor& input, const at::Tensor& operand) {
 }
 
 // How many elements of memory lie from the first to behind the last.
-int64_t span_of(const at::Tensor& tensor) {
+inline int64_t span_of(const at::Tensor& tensor) {
   if (tensor.is_non_overlapping_and_dense()) {
     return tensor.numel();
   }
+  const at::IntArrayRef sizes = tensor.sizes();
+  const at::IntArrayRef strides = tensor.strides();
   int64_t last = 0;
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    last += (sizes[dim] - 1) * strides[dim];
   }
   return last + 1;
 }
@@ -214,12 +216,12 @@ std::pair<uintptr_t, uintptr_t> byte_range(const at::Tensor& tensor) {
 }
 
 // A storage may have been shrunk or given back since the tensor was made of it: what lies behind its end is not the tensor's.
-void check_allocated(const at::Tensor& tensor, const char* op, const char* role, const char* name) {
+inline void check_allocated(const at::Tensor& tensor, const char* op, const char* role, const char* name) {
   if (tensor.numel() == 0) {
     return;
   }
   const size_t needed = static_cast<size_t>(tensor.storage_offset() + span_of(tensor)) * tensor.element_size();
-  const size_t held = tensor.storage().unsafeGetStorageImpl()->nbytes();
+  const size_t held = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl()->nbytes();
   TORCH_CHECK(needed <= held, op, "(): ", role, " '", name, "' has lost its memory: its storage holds ", held,
               " bytes and its elements take ", needed, "; resize the storage before the call, or use a tensor that has memory");
 }
@@ -239,7 +241,7 @@ void check_memory(const Call& call) {
       continue;
     }
     check_allocated(*tensor, op.name, "argument", op.operand_names[i]);
-    if (!tensor->is_same(input)) {
+    if (share_storage(input, *tensor) && !tensor->is_same(input)) {
       at::assert_no_partial_overlap(input, *tensor);
     }
   }
@@ -471,8 +473,8 @@ void set_kept(Forward& forward, const Call& call, const at::Tensor& kept) {
   TORCH_INTERNAL_ASSERT(fits, "safe_inplace: a copy of the input needs more dimensions than the input");
 }
 
-void run_forward(const Forward& forward, const Call& call) {
-  ForwardPlan plan = forward.plan;
+void run_forward(Forward& forward, const Call& call) {
+  ForwardPlan& plan = forward.plan;
   if (plan.shape.numel == 0) {
     return;
   }

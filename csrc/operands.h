@@ -81,7 +81,7 @@ at::ScalarType math_type(at::ScalarType type);
 // False for a symbol, whose value only its tracer may ask for.
 bool equals(const at::Scalar& number, int value);
 
-void run_forward(const Forward& forward, const Call& call);
+void run_forward(Forward& forward, const Call& call);
 void run_backward(const BackwardPlan& plan, const at::Tensor& grad);
 
 } // namespace safe_inplace

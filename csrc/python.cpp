@@ -98,6 +98,11 @@ void collect(const Signature& signature, PyObject* const* args, Py_ssize_t posit
   }
 }
 
+// Of a number torch's own check asks the metaclass, which takes longer than all the rest of reading it.
+bool is_tensor(PyObject* value) {
+  return THPVariable_CheckExact(value) || (!PyFloat_Check(value) && !PyLong_Check(value) && THPVariable_Check(value));
+}
+
 bool is_numpy(PyObject* value, const char* type) {
   // Only a program that has imported NumPy can own one.
   PyObject* const numpy = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy");
@@ -153,7 +158,7 @@ bool take_scalar(PyObject* value, at::Scalar& out) {
 
 // torch reads the value of a 0-dim tensor where it wants a number, but not if a gradient would be lost.
 bool take_parameter(PyObject* value, at::Scalar& out) {
-  if (THPVariable_Check(value)) {
+  if (is_tensor(value)) {
     const at::Tensor& tensor = THPVariable_Unpack(value);
     if (tensor.dim() != 0 || tensor.requires_grad()) {
       return false;
@@ -229,7 +234,7 @@ PyObject* call_op(int index, PyObject* const* args, Py_ssize_t positional, PyObj
   Call call{index, &THPVariable_Unpack(values[0]), {}, 1};
   for (int i = 1; i <= signature.op.operands; ++i) {
     Operand& operand = call.operands[i - 1];
-    if (THPVariable_Check(values[i])) {
+    if (is_tensor(values[i])) {
       operand.tensor = &THPVariable_Unpack(values[i]);
     } else if (!take_scalar(values[i], operand.number)) {
       refuse(signature, i, values[i]);

@@ -71,7 +71,7 @@ class Scratch {
   char* first_;
   std::unique_ptr<char[]> memory_;
   std::atomic<int64_t> parts_{0};
-  alignas(kLine) char own_[512]; // enough for a small call
+  alignas(kLine) char own_[4096]; // enough for most small calls
 };
 
 DType math_dtype(DType dtype) {
@@ -495,7 +495,11 @@ void forward(const ForwardPlan& plan) {
     prefer_large_pages(plan.kept, plan.shape.numel);
   }
   const ForwardPass pass(plan);
-  Scratch scratch(pass.scratch_bytes(), plan.shape.numel <= kGrain ? 1 : at::get_num_threads());
+  if (plan.shape.numel <= kGrain) {
+    Scratch scratch(pass.scratch_bytes(), 1);
+    return pass.run(0, plan.shape.numel, scratch.part());
+  }
+  Scratch scratch(pass.scratch_bytes(), at::get_num_threads());
   at::parallel_for(0, plan.shape.numel, kGrain,
                    [&](int64_t begin, int64_t end) { pass.run(begin, end, scratch.part()); });
 }
