@@ -321,7 +321,7 @@ class Generator:
         if source is None:
             return
         if kind == "hook":
-            steps.append(("hook", source, rng.choice(HOOKS), rng.randrange(4000)))
+            self.hook(source)
         elif kind == "node_hook":
             steps.append(("node_hook", source, rng.choice(["pre", "pre_view", "pre_new", "post"])))
         elif kind == "retain_grad":
@@ -331,6 +331,13 @@ class Generator:
             steps.append(("multi_hook", tuple({source, other})))
             self.leave(other)
         self.leave(source)
+
+    def hook(self, source):
+        kind = self.rng.choice(HOOKS)
+        if self.variables[source].leaf and kind in ("view", "flat", "detach"):
+            # A leaf takes over a gradient of which its hook has kept an alias, whoever made it: not an op's to prevent.
+            kind = "see"
+        self.program.steps.append(("hook", source, kind, self.rng.randrange(4000)))
 
     def leave(self, hooked):
         """A view that is written after it was hooked has another node; that of before is passed by the ideal ops alone."""
@@ -344,7 +351,7 @@ class Generator:
         if leaf is None:
             return
         if self.rng.random() < 0.5:
-            self.program.steps.append(("hook", leaf, self.rng.choice(HOOKS), self.rng.randrange(4000)))
+            self.hook(leaf)
         else:
             self.program.steps.append(("post_accumulate", leaf, self.rng.choice(["hold", "scale", "take"])))
 
