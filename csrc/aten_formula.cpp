@@ -236,7 +236,11 @@ at::Tensor gradient_by_formula(const Backward& backward, int position, const Ope
   if (partial.times_parameter && !equals(backward.parameter, 1)) {
     gradient = at::mul(gradient, backward.parameter.conj());
   }
-  return cast_gradient(at::sum_to(std::move(gradient), c10::SymIntArrayRef(shape.sizes)), shape.dtype);
+  // Of no dimensions sum_to makes a sum, whose backward would hand on a view of what it gets.
+  if (gradient.dim() != 0) {
+    gradient = at::sum_to(std::move(gradient), c10::SymIntArrayRef(shape.sizes));
+  }
+  return cast_gradient(gradient, shape.dtype);
 }
 
 at::Tensor cast_gradient(const at::Tensor& gradient, at::ScalarType dtype) {

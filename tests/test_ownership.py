@@ -552,3 +552,20 @@ def test_the_gradient_of_a_sum_with_a_multiple_is_the_leafs_own(alpha):
         assert torch.equal(grad, torch.ones(6))
         assert torch.equal(leaf.grad, torch.full((2, 3), float(step)))
         assert torch.equal(other.grad, torch.full((2, 3), float(alpha * step)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)], ids=str)
+def test_a_recorded_gradient_is_the_incoming_tensor_where_torchs_is(op, shape):
+    """A view of it would be recorded, and its backward hand memory on that somebody else sees."""
+
+    def handed_on(write):
+        leaves = [random_tensor(shape, torch.float32).requires_grad_() for _ in op.arguments]
+        given = random_tensor(shape, torch.float32).requires_grad_()
+        input = leaves[0].clone()
+        write(input, *leaves[1:])
+        gradients = torch.autograd.grad(input, leaves, given, create_graph=True)
+        return [gradient is given for gradient in gradients]
+
+    expected = handed_on(op.two_step)
+    assert any(expected) == (op.saves.keys() != set(op.arguments))
+    assert handed_on(op.function) == expected
