@@ -1,9 +1,9 @@
-// Calls under autograd: the node of each op, what it saves and how it is asked for gradients.
+// A call under autograd: prepare, record, run, rebase.
 #pragma once
 
 #include <c10/core/DispatchKeySet.h>
 
-#include "operands.h"
+#include "call.h"
 
 namespace safe_inplace {
 
@@ -11,8 +11,5 @@ namespace safe_inplace {
 // somebody listens there.
 using Below = void (*)(c10::DispatchKeySet, const Call&);
 void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below);
-
-// Gives every node its own Python type; its name is what grad_fn shows.
-void register_node_types();
 
 } // namespace safe_inplace

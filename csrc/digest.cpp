@@ -5,14 +5,14 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include "digest_device.h"
+#include "backend.h"
 
 namespace safe_inplace {
 namespace {
 
-DigestKernel& kernel_of(c10::DeviceType type) {
-  static DigestKernel kernels[c10::COMPILE_TIME_MAX_DEVICE_TYPES] = {};
-  return kernels[static_cast<size_t>(type)];
+auto kernel_of(const at::Tensor& tensor) {
+  const Backend* const backend = backend_of(tensor.device().type());
+  return backend != nullptr ? backend->digest : nullptr;
 }
 
 // One unbroken run of bytes with the same values: the tensor itself wherever it has no holes.
@@ -27,12 +27,8 @@ at::Tensor unbroken(at::Tensor tensor) {
 
 } // namespace
 
-RegisterDigest::RegisterDigest(c10::DeviceType type, DigestKernel kernel) {
-  kernel_of(type) = kernel;
-}
-
 bool can_digest(const at::Tensor& tensor) {
-  return kernel_of(tensor.device().type()) != nullptr;
+  return kernel_of(tensor) != nullptr;
 }
 
 at::Tensor digest_on_device(const at::Tensor& tensor) {
@@ -40,7 +36,7 @@ at::Tensor digest_on_device(const at::Tensor& tensor) {
   // A mode that counts or records operators (selective checkpointing) sees the program's alone.
   const c10::impl::ExcludeDispatchKeyGuard unseen(c10::DispatchKeySet(
       {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::TESTING_ONLY_GenericMode}));
-  const auto kernel = kernel_of(tensor.device().type());
+  const auto kernel = kernel_of(tensor);
   TORCH_CHECK_NOT_IMPLEMENTED(
       kernel != nullptr && tensor.layout() == at::kStrided,
       "safe_inplace: digest() takes a strided tensor on a device that this build has kernels for, got a ",

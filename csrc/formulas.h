@@ -23,29 +23,66 @@ struct Partial {
 
 enum class Kept : signed char { Nothing, Input, InputPlusFirst };
 
-struct Add {
+// Which of torch's in-place methods computes the whole op, where no kernel of ours takes a call.
+enum class TorchMethod : signed char { None, ForAnyOperands, ForTensors };
+
+// Calls whose bits only torch's own kernel gives: that kernel writes, or its method does all, its own node included.
+enum class LeftToTorch : signed char { Nothing, Write, Everything };
+
+// What decides it.
+struct CallFacts {
+  bool on_cpu;
+  bool is_complex; // the input
+  bool unit_parameter; // 1 or -1
+  bool complex_number; // the first operand is a complex number, not a tensor
+};
+
+// What most ops share.
+struct OpDefaults {
+  static constexpr const char* parameter = nullptr;
+  static constexpr Kept kept = Kept::Nothing;
+  static constexpr TorchMethod torch_method = TorchMethod::None;
+  // On a CPU torch rounds a number to the input's dtype before it computes with it.
+  static constexpr bool rounds_numbers = false;
+  static constexpr LeftToTorch (*left_to_torch)(const CallFacts&) = nullptr; // nothing ever is
+};
+
+struct Add : OpDefaults {
   static constexpr const char* name = "add_";
   static constexpr const char* node = "AddInplaceBackward";
   static constexpr int operands = 1;
   static constexpr const char* operand_names[2] = {"other", nullptr};
   static constexpr const char* parameter = "alpha";
-  static constexpr Kept kept = Kept::Nothing;
   static constexpr Partial partials[3] = {{}, {Factor::One, true}, {}};
+  static constexpr TorchMethod torch_method = TorchMethod::ForAnyOperands;
+  static constexpr bool rounds_numbers = true;
+
+  // torch's CPU kernel rounds a product and a sum once in the body of a row and twice at its end, or the other way round. Its
+  // node would hand on gradients whose memory others see.
+  static constexpr LeftToTorch left_to_torch(const CallFacts& call) {
+    return call.on_cpu && !call.unit_parameter ? LeftToTorch::Write : LeftToTorch::Nothing;
+  }
 
   template <class T>
   SI_INLINE static T result(T input, T other, T, T alpha) {
-    return multiply_add(alpha, other, input);
+    return add_scaled(input, other, alpha);
   }
 };
 
-struct Mul {
+struct Mul : OpDefaults {
   static constexpr const char* name = "mul_";
   static constexpr const char* node = "MulInplaceBackward";
   static constexpr int operands = 1;
   static constexpr const char* operand_names[2] = {"other", nullptr};
-  static constexpr const char* parameter = nullptr;
   static constexpr Kept kept = Kept::Input;
   static constexpr Partial partials[3] = {{Factor::First}, {Factor::Kept}, {}};
+  static constexpr TorchMethod torch_method = TorchMethod::ForAnyOperands;
+
+  // A complex product on a CPU rounds by position as well. On a GPU torch's product with a complex number is number * input: of
+  // the two products in an imaginary part the compiler fuses the first with the sum, so that the order shows in the last bit.
+  static constexpr LeftToTorch left_to_torch(const CallFacts& call) {
+    return call.is_complex && (call.on_cpu || call.complex_number) ? LeftToTorch::Everything : LeftToTorch::Nothing;
+  }
 
   template <class T>
   SI_INLINE static T result(T input, T other, T, T) {
@@ -53,12 +90,11 @@ struct Mul {
   }
 };
 
-struct AddMul {
+struct AddMul : OpDefaults {
   static constexpr const char* name = "add_mul_";
   static constexpr const char* node = "AddMulInplaceBackward";
   static constexpr int operands = 2;
   static constexpr const char* operand_names[2] = {"other", "scale"};
-  static constexpr const char* parameter = nullptr;
   static constexpr Kept kept = Kept::InputPlusFirst;
   static constexpr Partial partials[3] = {{Factor::Second}, {Factor::Second}, {Factor::Kept}};
 
@@ -68,12 +104,11 @@ struct AddMul {
   }
 };
 
-struct MulAdd {
+struct MulAdd : OpDefaults {
   static constexpr const char* name = "mul_add_";
   static constexpr const char* node = "MulAddInplaceBackward";
   static constexpr int operands = 2;
   static constexpr const char* operand_names[2] = {"scale", "shift"};
-  static constexpr const char* parameter = nullptr;
   static constexpr Kept kept = Kept::Input;
   static constexpr Partial partials[3] = {{Factor::First}, {Factor::Kept}, {Factor::One}};
 
@@ -83,18 +118,18 @@ struct MulAdd {
   }
 };
 
-struct Addcmul {
+struct Addcmul : OpDefaults {
   static constexpr const char* name = "addcmul_";
   static constexpr const char* node = "AddcmulInplaceBackward";
   static constexpr int operands = 2;
   static constexpr const char* operand_names[2] = {"tensor1", "tensor2"};
   static constexpr const char* parameter = "value";
-  static constexpr Kept kept = Kept::Nothing;
   static constexpr Partial partials[3] = {{}, {Factor::Second, true}, {Factor::First, true}};
+  static constexpr TorchMethod torch_method = TorchMethod::ForTensors;
 
   template <class T>
   SI_INLINE static T result(T input, T tensor1, T tensor2, T value) {
-    return multiply_add(value * tensor1, tensor2, input);
+    return add_product(input, tensor1, tensor2, value);
   }
 };
 
@@ -123,12 +158,15 @@ struct OpInfo {
   const char* parameter;
   Kept kept;
   Partial partials[3];
+  TorchMethod torch_method;
+  bool rounds_numbers;
+  LeftToTorch (*left_to_torch)(const CallFacts&);
 };
 
 template <class Op>
 constexpr OpInfo make_info() {
   return {Op::name, Op::node, Op::operands, {Op::operand_names[0], Op::operand_names[1]}, Op::parameter, Op::kept,
-          {Op::partials[0], Op::partials[1], Op::partials[2]}};
+          {Op::partials[0], Op::partials[1], Op::partials[2]}, Op::torch_method, Op::rounds_numbers, Op::left_to_torch};
 }
 
 template <class List>

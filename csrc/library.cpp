@@ -4,10 +4,16 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <string>
+#include <vector>
 
-#include "aten_formula.h"
 #include "autograd.h"
+#include "backend.h"
+#include "checks.h"
+#include "dispatch.h"
+#include "fallback.h"
+#include "prepare.h"
 
 namespace safe_inplace {
 
@@ -57,16 +63,6 @@ decltype(auto) argument(const Call& call) {
     return static_cast<const Scalar&>(call.operands[i].number);
   } else {
     return static_cast<const Scalar&>(call.parameter);
-  }
-}
-
-// Below autograd and the version counter.
-void call_kernel(const Call& call) {
-  Forward forward;
-  if (is_plain(call) && plan_forward(call, forward)) {
-    run_forward(forward, call);
-  } else {
-    write_by_formula(call);
   }
 }
 
@@ -137,11 +133,19 @@ struct Overload<Op, numbers, TypeList<Args...>> {
     }
     torch::autograd::increment_version(input);
   }
+  // Below autograd and the version counter.
   static void kernel(Tensor& input, Args... args) {
-    call_kernel(make_call<Op>(input, Indices{}, args...));
+    const Call call = make_call<Op>(input, Indices{}, args...);
+    if (has_kernel(call)) {
+      Prepared prepared = prepare(call);
+      run(prepared, call);
+    } else {
+      write_by_fallback(call, /*dense=*/false);
+    }
   }
-  static void formula(Tensor& input, Args... args) {
-    write_by_formula(make_call<Op>(input, Indices{}, args...));
+  static void fallback(Tensor& input, Args... args) {
+    const Call call = make_call<Op>(input, Indices{}, args...);
+    write_by_fallback(call, has_kernel(call));
   }
 };
 
@@ -185,27 +189,31 @@ TORCH_LIBRARY(safe_inplace, m) {
 
 SI_IMPLEMENT(Autograd, autograd)
 SI_IMPLEMENT(ADInplaceOrView, inplace_or_view)
-SI_IMPLEMENT(CPU, kernel)
-SI_IMPLEMENT(CUDA, kernel)
 // Every other backend, and the transforms that would otherwise have to guess what the op does.
-SI_IMPLEMENT(CompositeExplicitAutograd, formula)
-SI_IMPLEMENT(FuncTorchBatched, formula)
-SI_IMPLEMENT(Functionalize, formula)
+SI_IMPLEMENT(CompositeExplicitAutograd, fallback)
+SI_IMPLEMENT(FuncTorchBatched, fallback)
+SI_IMPLEMENT(Functionalize, fallback)
 // torch's check that a transform does not write to a tensor it captured reads the schema, and knows methods that return
 // what they wrote.
-SI_IMPLEMENT(FuncTorchDynamicLayerFrontMode, formula)
+SI_IMPLEMENT(FuncTorchDynamicLayerFrontMode, fallback)
 
 #undef SI_IMPLEMENT
 
-template <class... Ops>
-void dispatch_among(const Call& call, OpList<Ops...>) {
-  ((call.op == op_index<Ops> ? dispatch_op<Ops>(call) : void()), ...);
+// The backends that have registered, and those that will.
+void implement_for(c10::DispatchKey key) {
+  static auto* const libraries = new std::vector<std::unique_ptr<torch::Library>>();
+  auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "safe_inplace", key, __FILE__, __LINE__);
+  for_each_overload(
+      [&](auto overload) { library->impl(overload.full_name().c_str(), TORCH_FN(decltype(overload)::kernel)); }, AllOps{});
+  libraries->push_back(std::move(library));
 }
+
+const bool implemented = (for_each_backend(implement_for), true);
 
 } // namespace
 
 void dispatch(const Call& call) {
-  dispatch_among(call, AllOps{});
+  with_op(call.op, [&]<class Op>(Op) { dispatch_op<Op>(call); });
 }
 
 } // namespace safe_inplace

@@ -1,7 +1,7 @@
 // The ops as the dispatcher knows them.
 #pragma once
 
-#include "operands.h"
+#include "call.h"
 
 namespace safe_inplace {
 

@@ -219,6 +219,16 @@ SI_INLINE Complex<T> multiply_add(Complex<T> a, Complex<T> b, Complex<T> c) {
   return a * b + c;
 }
 
+// The two forms in which an op's parameter comes in.
+template <class T>
+SI_INLINE T add_scaled(T input, T other, T scale) {
+  return multiply_add(scale, other, input);
+}
+template <class T>
+SI_INLINE T add_product(T input, T a, T b, T scale) {
+  return multiply_add(scale * a, b, input);
+}
+
 SI_INLINE float conjugate(float x) { return x; }
 SI_INLINE double conjugate(double x) { return x; }
 template <class T>

@@ -14,12 +14,12 @@
 #include <string_view>
 #include <typeinfo>
 
-#include "operands.h"
+#include "call.h"
 
 namespace safe_inplace {
 
 bool is_sole_owner(const at::Tensor& tensor, size_t handles) {
-  if (!tensor.defined() || !is_plain(tensor) || !tensor.is_non_overlapping_and_dense()) {
+  if (!tensor.defined() || !has_kernel(tensor) || !tensor.is_non_overlapping_and_dense()) {
     return false;
   }
   // Knows about the handles that CUDA graph trees keep.
@@ -162,7 +162,7 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
   }
   for (size_t i = 0; i < gradients.size(); ++i) {
     at::Tensor& gradient = gradients[i];
-    if (!gradient.defined() || !is_plain(gradient) || is_sole_owner(gradient) || !Keepers(gradient).behind(edges[i])) {
+    if (!gradient.defined() || !has_kernel(gradient) || is_sole_owner(gradient) || !Keepers(gradient).behind(edges[i])) {
       continue;
     }
     const auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(edges[i].function.get());

@@ -1,4 +1,4 @@
-// The door from Python: reads the arguments and hands plain calls to the dispatcher without any Python in between.
+// The entry points from Python: reads the arguments and hands plain calls to the dispatcher without any Python in between.
 #include <torch/csrc/python_headers.h>
 
 #include <torch/csrc/Exceptions.h>
@@ -15,11 +15,11 @@
 #include <string>
 #include <vector>
 
-#include "autograd.h"
 #include "cuda/simulate.h"
 #include "digest.h"
 #include "guard.h"
 #include "library.h"
+#include "node.h"
 
 namespace safe_inplace {
 
@@ -254,7 +254,7 @@ PyObject* call_op(int index, PyObject* const* args, Py_ssize_t positional, PyObj
 }
 
 template <int index>
-PyObject* door(PyObject*, PyObject* const* args, Py_ssize_t positional, PyObject* keywords) {
+PyObject* entry_point(PyObject*, PyObject* const* args, Py_ssize_t positional, PyObject* keywords) {
   HANDLE_TH_ERRORS
   return call_op(index, args, positional, keywords);
   END_HANDLE_TH_ERRORS
@@ -292,15 +292,15 @@ py::dict build_info() {
 }
 
 template <class List>
-struct Doors;
+struct EntryPoints;
 template <class... Ops>
-struct Doors<OpList<Ops...>> {
-  static constexpr decltype(&door<0>) rows[] = {door<op_index<Ops>>...};
+struct EntryPoints<OpList<Ops...>> {
+  static constexpr decltype(&entry_point<0>) rows[] = {entry_point<op_index<Ops>>...};
 };
 
 // An op as a built-in function of the Python module that documents it.
-py::object make_door(const std::string& name, const std::string& documentation, const py::str& module) {
-  struct Door {
+py::object make_entry_point(const std::string& name, const std::string& documentation, const py::str& module) {
+  struct EntryPoint {
     std::string name, documentation;
     PyMethodDef definition;
   };
@@ -308,10 +308,10 @@ py::object make_door(const std::string& name, const std::string& documentation, 
   if (info == std::end(infos)) {
     throw py::key_error(name);
   }
-  const auto door = Doors<AllOps>::rows[info - std::begin(infos)];
-  const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door));
+  const auto entry = EntryPoints<AllOps>::rows[info - std::begin(infos)];
+  const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry));
   // inspect.signature reads the first line. The interpreter keeps the definition as long as it runs.
-  auto* made = new Door{name, Signature{*info}.text() + "\n--\n\n" + documentation, {}};
+  auto* made = new EntryPoint{name, Signature{*info}.text() + "\n--\n\n" + documentation, {}};
   made->definition = {made->name.c_str(), function, METH_FASTCALL | METH_KEYWORDS, made->documentation.c_str()};
   return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&made->definition, nullptr, module.ptr()));
 }
@@ -344,7 +344,7 @@ py::list simulated_launches() {
 
 PYBIND11_MODULE(_C, m) {
   register_node_types();
-  m.def("make_door", make_door, py::arg("name"), py::arg("documentation"), py::arg("module"));
+  m.def("make_entry_point", make_entry_point, py::arg("name"), py::arg("documentation"), py::arg("module"));
   m.def("op_table", op_table);
   m.def("build_info", build_info);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });

@@ -11,7 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "device.h"
+#include "backend.h"
+#include "dispatch.h"
 
 // Many instances, each run on a few thousand elements: compiling them well would take longer than all tests. They get
 // a name of their own, or the linker could take one of these for the planning of real launches.
@@ -26,7 +27,7 @@ namespace {
 std::mutex mutex;
 Simulation current;
 std::vector<SimulatedLaunch> launches;
-std::optional<DeviceKernels> cpu_kernels;
+std::optional<Backend> cpu;
 
 class HostLauncher {
  public:
@@ -94,24 +95,6 @@ class HostLauncher {
   Simulation simulation_;
 };
 
-template <class Function>
-void with_dtype(DType dtype, Function&& function) {
-  switch (dtype) {
-    case DType::Half:
-      return function(Half{});
-    case DType::BFloat16:
-      return function(BFloat16{});
-    case DType::Float:
-      return function(float{});
-    case DType::Double:
-      return function(double{});
-    case DType::ComplexFloat:
-      return function(Complex<float>{});
-    case DType::ComplexDouble:
-      return function(Complex<double>{});
-  }
-}
-
 void forward(const ForwardPlan& plan) {
   HostLauncher launcher;
   with_dtype(plan.dtype, [&](auto tag) { tiles::run_forward<decltype(tag)>(plan, launcher); });
@@ -126,18 +109,18 @@ void backward(const BackwardPlan& plan) {
 
 void start_simulation(const Simulation& simulation) {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (!cpu_kernels) {
-    cpu_kernels = *device_kernels(c10::DeviceType::CPU);
+  if (!cpu) {
+    cpu = *backend_of(c10::DeviceType::CPU);
   }
   current = simulation;
   launches.clear();
-  RegisterDevice(c10::DeviceType::CPU, {forward, backward});
+  RegisterBackend({c10::DeviceType::CPU, forward, backward, cpu->digest});
 }
 
 void stop_simulation() {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (cpu_kernels) {
-    RegisterDevice(c10::DeviceType::CPU, *cpu_kernels);
+  if (cpu) {
+    RegisterBackend{*cpu};
   }
 }
 

@@ -1,7 +1,7 @@
 """The in-place ops.
 
-Each function here is the formula of an op, and that is what a compiler traces. Its name stands for the C door of
-`_C`, which eager calls enter with no Python in between.
+Each function here is the formula of an op, and that is what a compiler traces. Its name stands for the entry point in `_C`, to
+which eager calls go with no Python in between.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,20 @@ Operand = Tensor | Number
 F = TypeVar("F", bound=Callable[..., Tensor])
 T = TypeVar("T", Tensor, Operand)
 
+# What compilers trace in the place of each op. The tests hold them to the core's table.
+FORMULAS: dict[str, Callable[..., Tensor]] = {}
+
 
 def _op(formula: F) -> F:
-    """The door to the op, with the name, the documentation and, for compilers, the body of `formula`."""
-    door = _C.make_door(formula.__name__, formula.__doc__, __name__)
-    _dynamo.trace_as(door, formula)
+    """The entry point of the op, with the name, the documentation and, for compilers, the body of `formula`."""
+    entry_point = _C.make_entry_point(formula.__name__, formula.__doc__, __name__)
+    _dynamo.trace_as(entry_point, formula)
+    FORMULAS[formula.__name__] = formula
     # Selective checkpointing gives the result of a saved op again and does not call it; an op that returns nothing would
     # not write. It is computed anew, whatever a policy says.
     packet = getattr(torch.ops.safe_inplace, formula.__name__)
     SAC_IGNORED_OPS.update(getattr(packet, overload) for overload in packet.overloads())
-    return door
+    return entry_point
 
 
 def _math_dtype(input: Tensor) -> torch.dtype:

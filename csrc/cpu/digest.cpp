@@ -3,8 +3,8 @@
 
 #include <ATen/Parallel.h>
 
-#include "../digest_device.h"
 #include "../digest_mix.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #define SAFE_INPLACE_DIGEST_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
@@ -28,7 +28,9 @@ SAFE_INPLACE_DIGEST_CLONES uint64_t sum_of_terms(const char* data, int64_t first
   return sum;
 }
 
-void digest_kernel(const void* pointer, int64_t bytes, const at::Tensor& result) {
+} // namespace
+
+void digest_on_cpu(const void* pointer, int64_t bytes, const at::Tensor& result) {
   const auto* data = static_cast<const char*>(pointer);
   const int64_t words = bytes / kWord;
   std::atomic<uint64_t> total{0};
@@ -44,7 +46,4 @@ void digest_kernel(const void* pointer, int64_t bytes, const at::Tensor& result)
   *result.mutable_data_ptr<int64_t>() = static_cast<int64_t>(digest_finish(sum, static_cast<uint64_t>(bytes)));
 }
 
-const RegisterDigest registration(c10::DeviceType::CPU, &digest_kernel);
-
-} // namespace
 } // namespace safe_inplace

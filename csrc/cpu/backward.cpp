@@ -1,0 +1,446 @@
+// A backward plan on the CPU: one pass over the incoming gradient that stores the element-wise gradients and adds up those of
+// broadcast operands.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "../dispatch.h"
+#include "kernels.h"
+#include "split.h"
+#include "walk.h"
+
+namespace safe_inplace {
+namespace {
+
+// The iteration space of one chunk of the backward pass.
+struct Box {
+  Index low = {};
+  Index high = {};
+};
+
+// Sums are added up in levels, each in chains of about this many terms. A running sum of n equal terms may be off by n/2
+// units in the last place, for its roundings all go one way; this way the error grows with the logarithm of n. The
+// longest chains: in a block, 32 (a row in vector registers, or 16 groups of four rows, or 32 sums of 32 rows); of blocks,
+// 16 at each level, and three levels for 2^26 elements; of chunks, 8 and 8.
+constexpr int64_t kChain = 16;
+constexpr int64_t kFinishChain = 8;
+
+// One gradient of the backward pass.
+struct Gradient {
+  int position = 0; // of the operand: input, first, second
+  const Arg* out = nullptr;
+  const Arg* factor = nullptr; // null: nothing to multiply by but the number
+  RowFactor factor_kind = kNoFactor;
+  bool reduced = false;
+  int turn = 0; // what is written over the kept value follows its readers, what is written over the gradient is last
+  bool copied = false; // stored through a buffer
+  RowTarget target = kStoreOwn;
+  char* sums = nullptr; // partial sums of all chunks, in the arithmetic dtype, one level after the other
+  int64_t sums_per_chunk = 0; // elements; 0: the chunks own disjoint parts
+  int levels = 1;
+  int64_t run = 1; // visits to an element's first level until that is moved on
+  // The dot product with a block's numbers along each dimension counts the visits to the block's elements before it.
+  Index visits = {};
+  alignas(16) char multiplier[16];
+};
+
+double conjugate_sign(DType dtype) {
+  return dtype == DType::ComplexFloat || dtype == DType::ComplexDouble ? -1.0 : 1.0;
+}
+
+// Where the `rows` rows of n elements at index stand, contiguous along the row (through the buffer if they are not),
+// and the stride from row to row.
+const char* read_block(const Shape& shape, const Arg& arg, const Index& index, int64_t rows, int64_t n, char* buffer,
+                       int64_t& stride) {
+  const char* const data = address(arg, offset_of(shape, arg, index));
+  const int64_t row_stride = shape.ndim > 1 ? arg.strides[1] : 0;
+  if (arg.strides[0] == 1 || n == 1) {
+    stride = row_stride;
+    return data;
+  }
+  const int64_t size = dtype_size[int(arg.dtype)];
+  for (int64_t row = 0; row < rows; ++row) {
+    copy_strided(arg.dtype, buffer + row * n * size, 1, data + row * row_stride * size, arg.strides[0], n);
+  }
+  stride = n;
+  return buffer;
+}
+
+// A backward call: what is the same for all its threads.
+struct BackwardPass {
+  const BackwardPlan& plan;
+  const DType math = opmath_dtype(plan.dtype);
+  const int64_t math_size = dtype_size[int(math)];
+  const Split split = choose_split(plan);
+  const Cut cut = choose_cut(plan.shape, split);
+  Gradient gradients[3];
+  int count = 0;
+  std::unique_ptr<char[]> sums;
+
+  explicit BackwardPass(const BackwardPlan& backward_plan) : plan(backward_plan) {
+    for (int i = 0; i < 3; ++i) {
+      if (plan.wanted[i]) {
+        add_gradient(i);
+      }
+    }
+    std::stable_sort(gradients, gradients + count,
+                     [](const Gradient& a, const Gradient& b) { return a.turn < b.turn; });
+    allocate_sums();
+  }
+
+  void add_gradient(int position) {
+    const Partial& partial = infos[plan.op].partials[position];
+    Gradient& gradient = gradients[count++];
+    gradient.position = position;
+    gradient.out = &plan.grads[position];
+    gradient.reduced = plan.reduced[position];
+    gradient.turn = gradient.out->data == plan.grad.data               ? 2
+        : gradient.out->data == plan.factors[int(Factor::Kept)].data ? 1
+                                                                     : 0;
+    double number[2] = {1, 0};
+    if (partial.times_parameter) {
+      number[0] = plan.parameter[0];
+      number[1] = conjugate_sign(plan.dtype) * plan.parameter[1];
+    }
+    if (partial.factor != Factor::One) {
+      gradient.factor = &plan.factors[int(partial.factor)];
+      gradient.factor_kind = gradient.factor->data == nullptr ? kFactorOne
+          : gradient.factor->dtype == plan.dtype             ? kFactorOwn
+                                                             : kFactorMath;
+    }
+    store_number(plan.dtype, number, gradient.multiplier);
+    if (!gradient.reduced) {
+      gradient.target = gradient.out->dtype == plan.dtype ? kStoreOwn : kStoreMath;
+      gradient.copied = gradient.out->strides[0] != 1;
+      if (gradient.turn == 0) {
+        prefer_large_pages(*gradient.out, plan.shape.numel);
+      }
+    }
+  }
+
+  // How many levels the sums take, and how the visits to an element are counted.
+  void choose_levels(Gradient& gradient) const {
+    const Shape& shape = plan.shape;
+    const auto& strides = gradient.out->strides;
+    int64_t visits = 1;
+    const auto visited_along = [&](int dim, int64_t blocks) {
+      if (strides[dim] == 0) {
+        gradient.visits[dim] = visits;
+        visits *= blocks;
+      }
+    };
+    // From the innermost of run_chunk's loops to the outermost.
+    if (shape.ndim > 1) {
+      visited_along(1, cut.row_blocks);
+    }
+    visited_along(0, cut.column_blocks);
+    for (int dim = 2; dim < shape.ndim; ++dim) {
+      visited_along(dim, dim == split.dim ? split.step : shape.sizes[dim]);
+    }
+    // A block adds a row's or a column's sum at once, or by fours, or what it has summed up of 64 rows.
+    const bool by_columns = strides[0] == 1 && shape.ndim > 1 && strides[1] == 0;
+    const int64_t additions = !by_columns ? 1 : cut.rows > 64 ? cut.rows / 64 + 1 : cut.rows / 4 + cut.rows % 4;
+    gradient.run = std::max<int64_t>(1, kChain / additions);
+    gradient.levels = 1;
+    int64_t left = visits > 2 * gradient.run ? visits / gradient.run : 0;
+    for (; left > 0; left = left > kChain ? left / kChain : 0) {
+      ++gradient.levels;
+    }
+  }
+
+  void allocate_sums() {
+    int64_t elements = 0;
+    for (int i = 0; i < count; ++i) {
+      Gradient& gradient = gradients[i];
+      if (gradient.reduced) {
+        choose_levels(gradient);
+        const int64_t numel = plan.numel[gradient.position] * gradient.levels;
+        const bool shared = gradient.out->strides[split.dim] == 0 && split.chunks > 1;
+        gradient.sums_per_chunk = shared ? numel : 0;
+        elements += shared ? numel * split.chunks : numel;
+      }
+    }
+    if (elements == 0) {
+      return;
+    }
+    sums.reset(new char[elements * math_size]());
+    char* next = sums.get();
+    for (int i = 0; i < count; ++i) {
+      Gradient& gradient = gradients[i];
+      if (gradient.reduced) {
+        gradient.sums = next;
+        const int64_t numel = plan.numel[gradient.position] * gradient.levels;
+        next += (gradient.sums_per_chunk != 0 ? numel * split.chunks : numel) * math_size;
+      }
+    }
+  }
+
+  struct Buffers {
+    char* grad;
+    char* factor;
+    char* out;
+  };
+
+  // What a block needs of each buffer: nothing where the kernels can work in the tensors themselves.
+  struct BufferSizes {
+    int64_t grad = 0, factor = 0, out = 0;
+
+    int64_t total() const { return grad + factor + out; }
+    Buffers within(char* scratch) const { return {scratch, scratch + grad, scratch + grad + factor}; }
+  };
+
+  BufferSizes buffer_sizes() const {
+    const int64_t elements = cut.rows * cut.columns;
+    const auto of_elements = [&](const Arg& arg) { return Scratch::aligned(elements * dtype_size[int(arg.dtype)]); };
+    BufferSizes sizes;
+    if (plan.grad.strides[0] != 1) {
+      sizes.grad = of_elements(plan.grad);
+    }
+    for (int i = 0; i < count; ++i) {
+      const Gradient& gradient = gradients[i];
+      if (gradient.factor_kind == kFactorOwn || gradient.factor_kind == kFactorMath) {
+        const Arg& factor = *gradient.factor;
+        const bool widened = factor.strides[0] == 0 && factor.dtype != math;
+        const int64_t bytes = widened ? Scratch::aligned(cut.rows * math_size)
+            : factor.strides[0] > 1  ? of_elements(factor)
+                                      : 0;
+        sizes.factor = std::max(sizes.factor, bytes);
+      }
+      if (gradient.copied) {
+        sizes.out = std::max(sizes.out, of_elements(*gradient.out));
+      }
+    }
+    return sizes;
+  }
+
+  void run() {
+    const BufferSizes sizes = buffer_sizes();
+    const bool alone = split.chunks == 1 || plan.shape.numel < 2 * kGrain;
+    Scratch scratch(sizes.total(), alone ? 1 : at::get_num_threads());
+    at::parallel_for(0, split.chunks, alone ? split.chunks : 1, [&](int64_t begin, int64_t end) {
+      const Buffers buffers = sizes.within(scratch.part());
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        run_chunk(chunk, buffers);
+      }
+    });
+    for (int i = 0; i < count; ++i) {
+      if (gradients[i].reduced) {
+        with_opmath(plan.dtype, [&](auto tag) { finish<decltype(tag)>(gradients[i]); });
+      }
+    }
+  }
+
+  void run_chunk(int64_t chunk, const Buffers& buffers) const {
+    const Shape& shape = plan.shape;
+    Box box;
+    for (int dim = 0; dim < shape.ndim; ++dim) {
+      box.high[dim] = shape.sizes[dim];
+    }
+    box.low[split.dim] = chunk * split.step;
+    box.high[split.dim] = std::min(shape.sizes[split.dim], box.low[split.dim] + split.step);
+    const int64_t height = shape.ndim > 1 ? box.high[1] - box.low[1] : 1;
+
+    Index index = box.low;
+    Index number = {}; // of the block, along each dimension
+    while (true) {
+      number[0] = 0;
+      for (int64_t column = box.low[0]; column < box.high[0]; column += cut.columns, ++number[0]) {
+        const int64_t n = std::min(cut.columns, box.high[0] - column);
+        number[1] = 0;
+        for (int64_t row = 0; row < height; row += cut.rows, ++number[1]) {
+          index[0] = column;
+          if (shape.ndim > 1) {
+            index[1] = box.low[1] + row;
+          }
+          run_block(chunk, index, number, std::min(cut.rows, height - row), n, buffers);
+        }
+      }
+      int dim = 2;
+      for (; dim < shape.ndim; ++dim) {
+        ++number[dim];
+        if (++index[dim] < box.high[dim]) {
+          break;
+        }
+        index[dim] = box.low[dim];
+        number[dim] = 0;
+      }
+      if (dim >= shape.ndim) {
+        return;
+      }
+    }
+  }
+
+  void run_block(int64_t chunk, const Index& index, const Index& number, int64_t rows, int64_t n,
+                 const Buffers& buffers) const {
+    const Shape& shape = plan.shape;
+    alignas(16) char constant[16];
+    BackwardBlock block;
+    block.rows = rows;
+    block.n = n;
+    block.grad = read_block(shape, plan.grad, index, rows, n, buffers.grad, block.grad_stride);
+    for (int i = 0; i < count; ++i) {
+      const Gradient& gradient = gradients[i];
+      block.multiplier = gradient.multiplier;
+      block.factor = nullptr;
+      block.factor_stride = 0;
+      RowFactor kind = gradient.factor_kind;
+      if (kind == kFactorOne) {
+        store_number(plan.dtype, gradient.factor->number, constant);
+        block.factor = constant;
+      } else if (kind != kNoFactor && gradient.factor->strides[0] == 0) {
+        const Arg& factor = *gradient.factor;
+        const int64_t row_stride = shape.ndim > 1 ? factor.strides[1] : 0;
+        const char* const from = address(factor, offset_of(shape, factor, index));
+        block.factor = one_per_row(factor, from, row_stride, rows, buffers.factor, block.factor_stride);
+        kind = kFactorOne;
+      } else if (kind != kNoFactor) {
+        block.factor = read_block(shape, *gradient.factor, index, rows, n, buffers.factor, block.factor_stride);
+      }
+      if (gradient.reduced) {
+        add_block(chunk, gradient, kind, index, block);
+        move_on(gradient, number, block);
+      } else {
+        store_block(gradient, kind, index, block, buffers.out);
+      }
+    }
+  }
+
+  void add_block(int64_t chunk, const Gradient& gradient, RowFactor kind, const Index& index,
+                 BackwardBlock& block) const {
+    const int64_t stride = gradient.out->strides[0];
+    const int64_t offset = chunk * gradient.sums_per_chunk + offset_of(plan.shape, *gradient.out, index);
+    block.target = gradient.sums + offset * math_size;
+    block.target_stride = plan.shape.ndim > 1 ? gradient.out->strides[1] : 0;
+    const auto& rows = row_table().backward[int(plan.dtype)][kind];
+    if (stride == 0 || block.n == 1) {
+      rows[kAddSum](block);
+    } else if (stride == 1) {
+      rows[kAddColumns](block);
+    } else {
+      add_strided_columns(rows[kAddSum], gradient, kind, stride, block);
+    }
+  }
+
+  // Where a level's chain is at its end, the block's sums in it are added to the next level and start anew.
+  void move_on(const Gradient& gradient, const Index& number, const BackwardBlock& block) const {
+    if (gradient.levels == 1) {
+      return;
+    }
+    int64_t visits = 1;
+    for (int dim = 0; dim < plan.shape.ndim; ++dim) {
+      visits += number[dim] * gradient.visits[dim];
+    }
+    int64_t chain = gradient.run;
+    for (int level = 0; level + 1 < gradient.levels && visits % chain == 0; ++level) {
+      with_opmath(plan.dtype, [&](auto tag) { move_up<decltype(tag)>(gradient, level, block); });
+      visits /= chain;
+      chain = kChain;
+    }
+  }
+
+  template <class M>
+  void move_up(const Gradient& gradient, int level, const BackwardBlock& block) const {
+    const int64_t numel = plan.numel[gradient.position];
+    const int64_t stride = gradient.out->strides[0];
+    const int64_t columns = stride == 0 ? 1 : block.n;
+    const int64_t rows = block.target_stride == 0 ? 1 : block.rows;
+    for (int64_t row = 0; row < rows; ++row) {
+      M* const from = static_cast<M*>(block.target) + level * numel + row * block.target_stride;
+      M* const to = from + numel;
+      const auto move = [&](int64_t i) {
+        to[i] = to[i] + from[i];
+        from[i] = M{};
+      };
+      if (stride == 1) {
+#pragma GCC ivdep
+        for (int64_t column = 0; column < columns; ++column) {
+          move(column);
+        }
+      } else {
+        for (int64_t column = 0; column < columns; ++column) {
+          move(column * stride);
+        }
+      }
+    }
+  }
+
+  // The sum's elements are not adjacent along the row: one element at a time.
+  void add_strided_columns(BackwardRows add_sum, const Gradient& gradient, RowFactor kind, int64_t stride,
+                           BackwardBlock block) const {
+    const int64_t n = block.n;
+    const bool moves = kind == kFactorOwn || kind == kFactorMath;
+    const int64_t factor_size = moves ? dtype_size[int(gradient.factor->dtype)] : 0;
+    block.n = 1;
+    for (int64_t column = 0; column < n; ++column) {
+      add_sum(block);
+      block.grad = static_cast<const char*>(block.grad) + dtype_size[int(plan.dtype)];
+      block.factor = static_cast<const char*>(block.factor) + factor_size;
+      block.target = static_cast<char*>(block.target) + stride * math_size;
+    }
+  }
+
+  void store_block(const Gradient& gradient, RowFactor kind, const Index& index, BackwardBlock& block,
+                   char* buffer) const {
+    const Arg& out = *gradient.out;
+    const int64_t row_stride = plan.shape.ndim > 1 ? out.strides[1] : 0;
+    char* const data = address(out, offset_of(plan.shape, out, index));
+    block.target = gradient.copied ? buffer : data;
+    block.target_stride = gradient.copied ? block.n : row_stride;
+    row_table().backward[int(plan.dtype)][kind][gradient.target](block);
+    if (gradient.copied) {
+      const int64_t size = dtype_size[int(out.dtype)];
+      for (int64_t row = 0; row < block.rows; ++row) {
+        copy_strided(out.dtype, data + row * row_stride * size, out.strides[0], buffer + row * block.n * size, 1,
+                     block.n);
+      }
+    }
+  }
+
+  template <class M>
+  void finish(const Gradient& gradient) const {
+    const int64_t numel = plan.numel[gradient.position];
+    const int64_t partials = gradient.sums_per_chunk == 0 ? 1 : split.chunks;
+    const M* const sums_of_chunks = reinterpret_cast<const M*>(gradient.sums);
+    at::parallel_for(0, numel, kGrain / (partials * gradient.levels) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        M sum{};
+        for (int64_t chunk = 0; chunk < partials;) {
+          M part{};
+          for (const int64_t stop = std::min(partials, chunk + kFinishChain); chunk < stop; ++chunk) {
+            const M* const from = sums_of_chunks + chunk * gradient.sums_per_chunk + i;
+            M levels = from[0];
+            for (int level = 1; level < gradient.levels; ++level) {
+              levels = levels + from[level * numel];
+            }
+            part = part + levels;
+          }
+          sum = sum + part;
+        }
+        store(gradient.out->dtype, gradient.out->data, i, sum);
+      }
+    });
+  }
+
+  template <class M>
+  static void store(DType, void* out, int64_t i, M value) {
+    static_cast<M*>(out)[i] = value;
+  }
+  static void store(DType dtype, void* out, int64_t i, float value) {
+    if (dtype == DType::Half) {
+      static_cast<Half*>(out)[i] = narrow<Half>(value);
+    } else if (dtype == DType::BFloat16) {
+      static_cast<BFloat16*>(out)[i] = narrow<BFloat16>(value);
+    } else {
+      static_cast<float*>(out)[i] = value;
+    }
+  }
+};
+
+} // namespace
+
+void backward_on_cpu(const BackwardPlan& plan) {
+  BackwardPass(plan).run();
+}
+
+} // namespace safe_inplace

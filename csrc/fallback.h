@@ -1,0 +1,11 @@
+// The ops in torch's own operations: for every tensor and every transform that the kernels do not know.
+#pragma once
+
+#include "call.h"
+
+namespace safe_inplace {
+
+// Same result, same refusals, version counter up by one. `dense`: what has_kernel says of the call.
+void write_by_fallback(const Call& call, bool dense);
+
+} // namespace safe_inplace
