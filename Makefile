@@ -87,7 +87,8 @@ lint: $(BUILT) $(call extra,lint)
 SANITIZER ?= address,undefined
 SANITIZED := build/sanitize-$(KEY)/$(SANITIZER)
 TESTS ?= $(filter-out $(addprefix tests/,test_benchmarks.py test_compile.py test_examples.py test_large_pages.py test_package.py), \
-	$(wildcard tests/test_*.py)) tests/guard/test_guard.py tests/guard/test_bugs.py tests/guard/test_torch_features.py
+	$(wildcard tests/test_*.py)) $(addprefix tests/programs/,test_forward.py test_backward.py) \
+	$(addprefix tests/guard/,test_guard.py test_bugs.py test_torch_features.py)
 SANITIZE := -fsanitize=$(SANITIZER) -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 # The second: the first asks for it before anything that throws has been loaded.

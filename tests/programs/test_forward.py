@@ -1,37 +1,33 @@
 """The differential test in slices, and the proof that it sees what it is there to see."""
 
-import os
-
 import pytest
 import torch
 
-from . import fuzz
-from .op_table import OPS
+from ..op_table import OPS
+from .engine import Disagreement
+from .forward.check import FUZZ
+from .forward.steps import Binary
+from .slices import SEED, slices
 
-PROGRAMS = int(os.environ.get("SAFE_INPLACE_FUZZ_PROGRAMS", 20_000))
-SEED = int(os.environ.get("SAFE_INPLACE_FUZZ_SEED", 0))
-SLICES = 40
 
-
-@pytest.mark.parametrize("part", range(SLICES))
-def test_programs(part):
-    indices = range(part * PROGRAMS // SLICES, (part + 1) * PROGRAMS // SLICES)
-    ends = fuzz.fuzz(SEED, indices)
-    assert sum(ends.values()) == len(indices)
+@slices(FUZZ, 20_000, 40)
+def test_programs(indices):
+    assert FUZZ.search(SEED, indices).total() == len(indices)
 
 
 def test_programs_end_in_every_way():
     """Most agree, some are refused by both, some have an answer that only ours finds."""
-    ends = fuzz.fuzz("ends", range(600))
+    ends = FUZZ.search("ends", range(600))
     assert ends["agree"] > 300
     assert ends["both refuse"] > 10
     assert ends["only torch refuses"] > 0
 
 
-def test_generator_is_reproducible():
-    for index in range(50):
-        assert str(fuzz.generate(f"0:{index}")) == str(fuzz.generate(f"0:{index}"))
-    assert len({str(fuzz.generate(f"0:{index}")) for index in range(50)}) == 50
+def test_the_reference_is_judged_as_well(monkeypatch):
+    """Where torch does not refuse, it says what the reference must find."""
+    monkeypatch.setattr(Binary, "reference", lambda step, run: run[step.a] + run[step.b])
+    with pytest.raises(Disagreement, match="torch against reference"):
+        FUZZ.search("broken", range(200))
 
 
 def sabotaged(name, function):
@@ -111,12 +107,5 @@ OPS_BY_NAME = {op.name: op.function for op in OPS}
     ids=lambda f: f.__name__,
 )
 def test_the_fuzz_finds(broken):
-    with pytest.raises(fuzz.Disagreement, match=r"reproduce: python -m tests\.fuzz"):
-        fuzz.fuzz("broken", range(2000), sabotaged("mul_add_", broken))
-
-
-def test_command_line(capsys):
-    assert fuzz.main(["--programs", "20", "--seed", "3"]) == 0
-    assert "agree" in capsys.readouterr().out
-    assert fuzz.main(["--only", "7"]) == 0
-    assert str(fuzz.generate("0:7")) in capsys.readouterr().out
+    with pytest.raises(Disagreement, match=r"reproduce: python -m tests\.programs forward"):
+        FUZZ.search("broken", range(2000), sabotaged("mul_add_", broken))

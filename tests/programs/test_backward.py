@@ -1,23 +1,18 @@
 """The differential test of backward in slices, and the proof that it sees what it is there to see."""
 
-import os
-
 import pytest
 import torch
 
-from . import fuzz, fuzz_backward
-from .op_table import BY_NAME, OPS
+from ..op_table import BY_NAME, OPS
+from .backward.check import FUZZ
+from .backward.runs import write_ideally
+from .engine import Disagreement
+from .slices import SEED, slices
 
-PROGRAMS = int(os.environ.get("SAFE_INPLACE_FUZZ_BACKWARD_PROGRAMS", 600))
-SEED = int(os.environ.get("SAFE_INPLACE_FUZZ_SEED", 0))
-SLICES = 6
 
-
-@pytest.mark.parametrize("part", range(SLICES))
-def test_programs(part):
-    indices = range(part * PROGRAMS // SLICES, (part + 1) * PROGRAMS // SLICES)
-    ends = fuzz_backward.fuzz_backward(SEED, indices)
-    assert sum(ends.values()) == len(indices)
+@slices(FUZZ, 600, 6)
+def test_programs(indices):
+    assert FUZZ.search(SEED, indices).total() == len(indices)
 
 
 def refusing_first(write):
@@ -39,7 +34,7 @@ def refusing_first(write):
 def ideal(name):
     @refusing_first
     def write(input, *operands, **parameters):
-        fuzz_backward.write_ideally(BY_NAME[name], input, operands, parameters)
+        write_ideally(BY_NAME[name], input, operands, parameters)
 
     return write
 
@@ -49,16 +44,10 @@ IDEAL = {op.name: ideal(op.name) for op in OPS}
 
 def test_most_programs_agree():
     """Few are refused, or wrong by torch's own doing; with ideal ops none is found."""
-    ends = fuzz_backward.fuzz_backward("ends", range(200), IDEAL)
+    ends = FUZZ.search("ends", range(200), IDEAL)
     assert ends["agree"] > 150
     assert ends["refused"] > 2
     assert ends["wrong by torch's own nodes"] > 2
-
-
-def test_generator_is_reproducible():
-    for index in range(50):
-        assert str(fuzz_backward.generate(f"0:{index}")) == str(fuzz_backward.generate(f"0:{index}"))
-    assert len({str(fuzz_backward.generate(f"0:{index}")) for index in range(50)}) == 50
 
 
 class Faulty(torch.autograd.Function):
@@ -156,24 +145,17 @@ def planted(name, fault):
 
 @pytest.mark.parametrize("name, fault", FAULTS, ids=lambda f: getattr(f, "__name__", f))
 def test_the_fuzz_finds(name, fault):
-    with pytest.raises(fuzz.Disagreement, match=r"reproduce: python -m tests\.fuzz_backward"):
-        fuzz_backward.fuzz_backward("broken", range(1000), planted(name, fault))
+    with pytest.raises(Disagreement, match=r"reproduce: python -m tests\.programs backward"):
+        FUZZ.search("broken", range(1000), planted(name, fault))
 
 
 def test_the_fuzz_finds_that_torch_hands_on_what_others_see():
     ops = {name: refusing_first(BY_NAME[name].two_step) for name in ("add_", "addcmul_")}
-    with pytest.raises(fuzz.Disagreement, match=r"share memory|was written|instead of"):
-        fuzz_backward.fuzz_backward("broken", range(1000), IDEAL | ops)
+    with pytest.raises(Disagreement, match=r"share memory|was written|instead of"):
+        FUZZ.search("broken", range(1000), IDEAL | ops)
 
 
 def test_what_it_finds_is_shrunk():
-    with pytest.raises(fuzz.Disagreement) as found:
-        fuzz_backward.fuzz_backward("broken", range(1000), planted("mul_", overwrites_what_it_gets))
-    assert str(found.value).split("shrunk:")[1].count("op(") == 1
-
-
-def test_command_line(capsys):
-    assert fuzz_backward.main(["--programs", "20", "--seed", "3"]) == 0
-    assert "agree" in capsys.readouterr().out
-    assert fuzz_backward.main(["--only", "7"]) == 0
-    assert str(fuzz_backward.generate("0:7")) in capsys.readouterr().out
+    with pytest.raises(Disagreement) as found:
+        FUZZ.search("broken", range(1000), planted("mul_", overwrites_what_it_gets))
+    assert str(found.value).split("shrunk:")[1].count("Op(") == 1
