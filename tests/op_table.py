@@ -1,8 +1,9 @@
 """The ops under test, stated once.
 
 A row knows the op's formula as out-of-place torch, and which values backward needs for
-the gradient of which operand. Every other test file is written against these rows, and
-`test_op_table.py` holds them equal with the table that the C++ core was built from.
+the gradient of which operand. Every other test file is written against these rows. Nothing
+here is read from the C++ core: `test_op_table.py` holds the rows to their own formulas, and
+the core to the rows.
 """
 
 from __future__ import annotations
