@@ -82,11 +82,11 @@ lint: $(BUILT) $(call extra,lint)
 	@$(PY) -m mypy
 
 # Built in a copy of the tree, so that the extension of the other targets stays. What is left out starts compilers, other
-# interpreters or builds of its own, or asks the system for memory in a way that the sanitizer answers otherwise: what is freed
-# stays resident for a while.
+# interpreters or builds of its own, reads the docs, or asks the system for memory in a way that the sanitizer answers otherwise:
+# what is freed stays resident for a while.
 SANITIZER ?= address,undefined
 SANITIZED := build/sanitize-$(KEY)/$(SANITIZER)
-TESTS ?= $(filter-out $(addprefix tests/,test_benchmarks.py test_compile.py test_examples.py test_large_pages.py test_package.py), \
+TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks.py compile.py docs.py examples.py large_pages.py package.py), \
 	$(wildcard tests/test_*.py)) $(addprefix tests/programs/,test_forward.py test_backward.py) \
 	$(addprefix tests/guard/,test_guard.py test_bugs.py test_torch_features.py)
 SANITIZE := -fsanitize=$(SANITIZER) -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer
