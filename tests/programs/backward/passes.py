@@ -123,7 +123,9 @@ class Grad(Step, engine.Producer):
             allow_unused=True,
         )
         run.returns(grads)
-        return torch.zeros_like(inputs[0]) if grads[0] is None else grads[0]
+        first = torch.zeros_like(inputs[0]) if grads[0] is None else grads[0]
+        # What was given may come back as it is, a leaf; in the reference it never does.
+        return first.clone() if first.is_leaf and first.requires_grad else first
 
 
 class Batched(Step):
