@@ -1,3 +1,4 @@
+// The CUDA kernels as kernels of the CPU device, and the record of their launches.
 #include "cuda/simulate.h"
 
 #include <algorithm>
@@ -17,8 +18,8 @@
 // Many instances, each run on a few thousand elements: compiling them well would take longer than all tests. They get
 // a name of their own, or the linker could take one of these for the planning of real launches.
 #pragma GCC optimize("O1")
-#define tiles simulated_tiles
-#include "cuda/run.h"
+#define cuda simulated_cuda
+#include "cuda/dispatch.h"
 
 namespace safe_inplace {
 
@@ -45,25 +46,25 @@ class HostLauncher {
   }
 
   template <class Kernel>
-  void map(const typename Kernel::Params& params, int64_t blocks, const tiles::Trace& trace) {
+  void elementwise(const typename Kernel::Params& params, int64_t blocks, const cuda::Trace& trace) {
     record(blocks, trace);
     each(blocks, [&](uint32_t block) {
-      each(tiles::kThreads, [&](uint32_t thread) { Kernel::run(params, block, thread); });
+      each(cuda::kThreads, [&](uint32_t thread) { Kernel::run(params, block, thread); });
     });
   }
 
   template <class Kernel>
-  void reduce(const typename Kernel::Params& params, int64_t blocks, const tiles::Trace& trace) {
+  void reduce(const typename Kernel::Params& params, int64_t blocks, const cuda::Trace& trace) {
     record(blocks, trace);
     const auto shared = std::make_unique<typename Kernel::Shared>();
     each(blocks, [&](uint32_t block) {
       // NaN in every format: what is read must have been written.
       std::memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);
-      each(tiles::kThreads, [&](uint32_t thread) { Kernel::accumulate(params, block, thread, *shared); });
+      each(cuda::kThreads, [&](uint32_t thread) { Kernel::accumulate(params, block, thread, *shared); });
       for (uint32_t distance = Kernel::first_step(params); distance > 0; distance /= 2) {
-        each(tiles::kThreads, [&](uint32_t thread) { Kernel::step(params, block, thread, distance, *shared); });
+        each(cuda::kThreads, [&](uint32_t thread) { Kernel::step(params, block, thread, distance, *shared); });
       }
-      each(tiles::kThreads, [&](uint32_t thread) { Kernel::write(params, block, thread, *shared); });
+      each(cuda::kThreads, [&](uint32_t thread) { Kernel::write(params, block, thread, *shared); });
     });
   }
 
@@ -87,7 +88,7 @@ class HostLauncher {
     }
   }
 
-  void record(int64_t blocks, const tiles::Trace& trace) {
+  void record(int64_t blocks, const cuda::Trace& trace) {
     const std::lock_guard<std::mutex> lock(mutex);
     launches.push_back({trace.kernel, trace.vector, trace.index_bits, blocks, trace.workspace});
   }
@@ -97,12 +98,12 @@ class HostLauncher {
 
 void forward(const ForwardPlan& plan) {
   HostLauncher launcher;
-  with_dtype(plan.dtype, [&](auto tag) { tiles::run_forward<decltype(tag)>(plan, launcher); });
+  with_dtype(plan.dtype, [&](auto tag) { cuda::dispatch_forward<decltype(tag)>(plan, launcher); });
 }
 
 void backward(const BackwardPlan& plan) {
   HostLauncher launcher;
-  with_dtype(plan.dtype, [&](auto tag) { tiles::run_backward<decltype(tag)>(plan, launcher); });
+  with_dtype(plan.dtype, [&](auto tag) { cuda::dispatch_backward<decltype(tag)>(plan, launcher); });
 }
 
 } // namespace

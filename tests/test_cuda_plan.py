@@ -82,7 +82,7 @@ def test_values_of_every_layout(op, dtype, device_code):
         launches()
         check(op, *tensors, **op.parameters(-1))
         if tensors[0].numel() and takes_kernel(op, dtype):
-            assert [launch["kernel"] for launch in launches()] in (["map"], ["ragged"]), layout
+            assert [launch["kernel"] for launch in launches()] in (["elementwise"], ["unaligned"]), layout
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
@@ -219,7 +219,7 @@ def test_large_reductions(name, dtype):
     grad_output = random_tensor(shape, dtype)
     wanted = [True] * 3
     plain, seen = compare_backward(op, tensors, grad_output, {}, wanted, False, {})
-    assert [launch["kernel"] for launch in seen[1:]] in (["reduce"], ["reduce", "finish"])
+    assert [launch["kernel"] for launch in seen[1:]] in (["reduce"], ["reduce", "reduce_partials"])
     # Neither the order in which blocks and threads run nor who owns the gradient may change a bit.
     for owned, reversed in itertools.product([False, True], repeat=2):
         again, _ = compare_backward(op, tensors, grad_output, {}, wanted, owned, {"reversed": reversed})
@@ -284,7 +284,7 @@ def test_long_sums_keep_their_digits(name, dtype):
         with simulated(limit, target_blocks=blocks):
             launches()
             units = units_off(BY_NAME["mul_add_"], shape, "dense", operands, dtype, value, [1, 2])
-            assert {launch["kernel"] for launch in launches()[1:]} <= {"reduce", "finish"}
+            assert {launch["kernel"] for launch in launches()[1:]} <= {"reduce", "reduce_partials"}
         assert max(units) < MOST_UNITS
 
 
@@ -332,20 +332,20 @@ def test_the_kept_value_is_written_by_the_same_launch(op, device_code):
 T = torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128
 
 # The layouts of real models: shape, memory, operand, and the path that forward takes. A dtype's full vector width is
-# expected wherever it says "map"; "ragged" is vectors that cross rows.
+# expected wherever it says "elementwise"; "unaligned" is vectors that cross rows.
 REAL = {
-    "full": ((64, 768), "dense", (64, 768), "map"),
-    "last-dim vector": ((8, 197, 768), "dense", (768,), "map"),
-    "per channel, NCHW": ((4, 64, 56, 56), "dense", (64, 1, 1), "map"),
-    "per channel, NCHW, 7x7": ((4, 64, 7, 7), "dense", (64, 1, 1), "ragged"),
-    "per channel, channels_last": ((4, 64, 7, 7), "channels_last", (64, 1, 1), "map"),
-    "per sample, tokens": ((4, 49, 768), "dense", (4, 1, 768), "map"),
-    "per sample, NCHW": ((4, 64, 56, 56), "dense", (4, 64, 1, 1), "map"),
-    "per sample, channels_last": ((4, 64, 7, 7), "channels_last", (4, 64, 1, 1), "map"),
-    "positions": ((4, 196, 768), "dense", (196, 768), "map"),
-    "scalar tensor": ((64, 768), "dense", (1,), "map"),
-    "odd length": ((1037,), "dense", (1037,), "ragged"),
-    "attention mask": ((2, 3, 197, 197), "dense", (2, 1, 1, 197), "ragged"),
+    "full": ((64, 768), "dense", (64, 768), "elementwise"),
+    "last-dim vector": ((8, 197, 768), "dense", (768,), "elementwise"),
+    "per channel, NCHW": ((4, 64, 56, 56), "dense", (64, 1, 1), "elementwise"),
+    "per channel, NCHW, 7x7": ((4, 64, 7, 7), "dense", (64, 1, 1), "unaligned"),
+    "per channel, channels_last": ((4, 64, 7, 7), "channels_last", (64, 1, 1), "elementwise"),
+    "per sample, tokens": ((4, 49, 768), "dense", (4, 1, 768), "elementwise"),
+    "per sample, NCHW": ((4, 64, 56, 56), "dense", (4, 64, 1, 1), "elementwise"),
+    "per sample, channels_last": ((4, 64, 7, 7), "channels_last", (4, 64, 1, 1), "elementwise"),
+    "positions": ((4, 196, 768), "dense", (196, 768), "elementwise"),
+    "scalar tensor": ((64, 768), "dense", (1,), "elementwise"),
+    "odd length": ((1037,), "dense", (1037,), "unaligned"),
+    "attention mask": ((2, 3, 197, 197), "dense", (2, 1, 1, 197), "unaligned"),
 }
 
 
@@ -359,11 +359,11 @@ def test_forward_path_of_real_layouts(name, dtype, device_code):
     (launch,) = launches()
     assert launch["index_bits"] == 32
     assert launch["vector"] == VECTOR[dtype]
-    rows_divide = math.prod(shape) % VECTOR[dtype] == 0 and kernel == "map"
-    assert launch["kernel"] == ("map" if rows_divide or VECTOR[dtype] == 1 else kernel)
+    rows_divide = math.prod(shape) % VECTOR[dtype] == 0 and kernel == "elementwise"
+    assert launch["kernel"] == ("elementwise" if rows_divide or VECTOR[dtype] == 1 else kernel)
 
 
-@pytest.mark.parametrize("name", [name for name, row in REAL.items() if row[3] == "map" and name != "full"])
+@pytest.mark.parametrize("name", [name for name, row in REAL.items() if row[3] == "elementwise" and name != "full"])
 @pytest.mark.parametrize("dtype", T, ids=short)
 def test_backward_path_of_real_layouts(name, dtype, device_code):
     shape, memory, small, _ = REAL[name]
@@ -372,10 +372,10 @@ def test_backward_path_of_real_layouts(name, dtype, device_code):
     result = BY_NAME["mul_add_"].function(x.clone(memory_format=torch.preserve_format), operand, 0.5)
     launches()
     torch.autograd.grad(result, [x, operand], arrange(memory, shape, dtype))
-    reduce, *finish = launches()
+    reduce, *partials = launches()
     assert (reduce["kernel"], reduce["vector"], reduce["index_bits"]) == ("reduce", VECTOR[dtype], 32)
     assert reduce["workspace"] <= max(2**20, x.numel() * x.element_size() // 32)
-    assert bool(finish) == (reduce["workspace"] > 0)
+    assert bool(partials) == (reduce["workspace"] > 0)
 
 
 def test_a_large_reduction_fills_the_device(device_code):
@@ -384,10 +384,10 @@ def test_a_large_reduction_fills_the_device(device_code):
     result = BY_NAME["mul_"].function(x.clone(), scale)
     launches()
     torch.autograd.grad(result, [x, scale], torch.ones_like(x))
-    reduce, finish = launches()
+    reduce, partials = launches()
     assert reduce["blocks"] >= 256
     assert reduce["workspace"] <= x.numel() * x.element_size() // 8
-    assert finish["kernel"] == "finish"
+    assert partials["kernel"] == "reduce_partials"
 
 
 def test_a_misaligned_base_keeps_vectors(device_code):
@@ -398,7 +398,7 @@ def test_a_misaligned_base_keeps_vectors(device_code):
         launches()
         BY_NAME["mul_"].function(x, random_tensor((96,), dtype))
         (launch,) = launches()
-        assert (launch["kernel"], launch["vector"]) == ("ragged", VECTOR[dtype])
+        assert (launch["kernel"], launch["vector"]) == ("unaligned", VECTOR[dtype])
 
 
 def test_an_index_past_32_bits_takes_64(device_code):
@@ -447,7 +447,7 @@ def cuobjdump(*arguments):
 @machine_code
 def test_no_kernel_uses_local_memory():
     """No spills and no array that could not be kept in registers; reductions fit twice into a multiprocessor."""
-    pattern = r"Function (\S*safe_inplace5tiles\S*):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    pattern = r"Function (\S*safe_inplace4cuda\S*):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     usage = re.findall(pattern, cuobjdump("--dump-resource-usage"))
     assert len(usage) > 100
     for name, registers, stack, local in usage:
@@ -459,12 +459,12 @@ def test_no_kernel_uses_local_memory():
 def test_vector_kernels_access_16_bytes_at_a_time():
     *_, architecture = re.findall(r"(\d+)\.(\d+)", _C.build_info()["cuda_archs"])
     functions = cuobjdump("-sass", "-arch", "sm_" + "".join(architecture)).split("Function : ")[1:]
-    code = {text.split(None, 1)[0]: text for text in functions if "safe_inplace5tiles" in text.split(None, 1)[0]}
-    # Map and Reduce of one op, and Ragged; the others go element by element.
-    vectors = [name for name in code if re.search(r"(?:Forward|Backward)INS_|RaggedINS0_", name)]
+    code = {text.split(None, 1)[0]: text for text in functions if "safe_inplace4cuda" in text.split(None, 1)[0]}
+    # Elementwise and Reduce of one op, and Unaligned; the others go element by element.
+    vectors = [name for name in code if re.search(r"(?:Forward|Backward)FunctorINS_|UnalignedINS0_", name)]
     assert len(vectors) > 80
     for name in vectors:
         assert "LDG.E.128" in code[name], name
-        assert "map_kernel" not in name or "STG.E.128" in code[name], name
+        assert "elementwise_kernel" not in name or "STG.E.128" in code[name], name
     for name, text in code.items():
         assert not re.search(r"\b(LDL|STL)\b", text), name

@@ -1,6 +1,7 @@
+// The CUDA kernels of complex128.
 #include "dtypes.cuh"
 
-namespace safe_inplace::tiles {
-template void cuda_forward<Complex<double>>(const ForwardPlan&);
-template void cuda_backward<Complex<double>>(const BackwardPlan&);
-} // namespace safe_inplace::tiles
+namespace safe_inplace::cuda {
+template void forward<Complex<double>>(const ForwardPlan&);
+template void backward<Complex<double>>(const BackwardPlan&);
+} // namespace safe_inplace::cuda

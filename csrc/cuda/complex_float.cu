@@ -1,6 +1,7 @@
+// The CUDA kernels of complex64.
 #include "dtypes.cuh"
 
-namespace safe_inplace::tiles {
-template void cuda_forward<Complex<float>>(const ForwardPlan&);
-template void cuda_backward<Complex<float>>(const BackwardPlan&);
-} // namespace safe_inplace::tiles
+namespace safe_inplace::cuda {
+template void forward<Complex<float>>(const ForwardPlan&);
+template void backward<Complex<float>>(const BackwardPlan&);
+} // namespace safe_inplace::cuda

@@ -1,3 +1,4 @@
+// The digest of a tensor's bytes on CUDA.
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void finish(uint64_t bytes, unsigned long long* total) {
+__global__ void finish_digest(uint64_t bytes, unsigned long long* total) {
   *total = digest_finish(*total, bytes);
 }
 
@@ -62,7 +63,7 @@ void digest_kernel(const void* pointer, int64_t bytes, const at::Tensor& result)
     sum_of_terms<<<static_cast<unsigned>(needed < most ? needed : most), kThreads, 0, stream>>>(data, bytes, wide, total);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  finish<<<1, 1, 0, stream>>>(static_cast<uint64_t>(bytes), total);
+  finish_digest<<<1, 1, 0, stream>>>(static_cast<uint64_t>(bytes), total);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -1,6 +1,7 @@
+// The CUDA kernels of float64.
 #include "dtypes.cuh"
 
-namespace safe_inplace::tiles {
-template void cuda_forward<double>(const ForwardPlan&);
-template void cuda_backward<double>(const BackwardPlan&);
-} // namespace safe_inplace::tiles
+namespace safe_inplace::cuda {
+template void forward<double>(const ForwardPlan&);
+template void backward<double>(const BackwardPlan&);
+} // namespace safe_inplace::cuda

@@ -1,20 +1,21 @@
+// The entry points of a dtype, defined; a .cu file for each dtype instantiates them.
 #pragma once
 
 #include "dtypes.h"
 #include "launch.cuh"
 
-namespace safe_inplace::tiles {
+namespace safe_inplace::cuda {
 
 template <class T>
-void cuda_forward(const ForwardPlan& plan) {
+void forward(const ForwardPlan& plan) {
   CudaLauncher launcher;
-  run_forward<T>(plan, launcher);
+  dispatch_forward<T>(plan, launcher);
 }
 
 template <class T>
-void cuda_backward(const BackwardPlan& plan) {
+void backward(const BackwardPlan& plan) {
   CudaLauncher launcher;
-  run_backward<T>(plan, launcher);
+  dispatch_backward<T>(plan, launcher);
 }
 
-} // namespace safe_inplace::tiles
+} // namespace safe_inplace::cuda

@@ -3,12 +3,31 @@
 
 #include "../plan.h"
 
-namespace safe_inplace::tiles {
+namespace safe_inplace::cuda {
 
 template <class T>
-void cuda_forward(const ForwardPlan& plan);
+void forward(const ForwardPlan& plan);
 
 template <class T>
-void cuda_backward(const BackwardPlan& plan);
+void backward(const BackwardPlan& plan);
 
-} // namespace safe_inplace::tiles
+// Calls function(T{}) with the element type that is this dtype.
+template <class Function>
+void with_dtype(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::Half:
+      return function(Half{});
+    case DType::BFloat16:
+      return function(BFloat16{});
+    case DType::Float:
+      return function(float{});
+    case DType::Double:
+      return function(double{});
+    case DType::ComplexFloat:
+      return function(Complex<float>{});
+    case DType::ComplexDouble:
+      return function(Complex<double>{});
+  }
+}
+
+} // namespace safe_inplace::cuda

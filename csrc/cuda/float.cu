@@ -1,6 +1,7 @@
+// The CUDA kernels of float32.
 #include "dtypes.cuh"
 
-namespace safe_inplace::tiles {
-template void cuda_forward<float>(const ForwardPlan&);
-template void cuda_backward<float>(const BackwardPlan&);
-} // namespace safe_inplace::tiles
+namespace safe_inplace::cuda {
+template void forward<float>(const ForwardPlan&);
+template void backward<float>(const BackwardPlan&);
+} // namespace safe_inplace::cuda

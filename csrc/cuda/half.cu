@@ -1,6 +1,7 @@
+// The CUDA kernels of float16.
 #include "dtypes.cuh"
 
-namespace safe_inplace::tiles {
-template void cuda_forward<Half>(const ForwardPlan&);
-template void cuda_backward<Half>(const BackwardPlan&);
-} // namespace safe_inplace::tiles
+namespace safe_inplace::cuda {
+template void forward<Half>(const ForwardPlan&);
+template void backward<Half>(const BackwardPlan&);
+} // namespace safe_inplace::cuda

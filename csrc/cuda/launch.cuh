@@ -1,16 +1,16 @@
-// Launches on the current device and stream.
+// What needs a GPU: the __global__ functions, and the launcher of the current device and stream.
 #pragma once
 
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "run.h"
+#include "dispatch.h"
 
-namespace safe_inplace::tiles {
+namespace safe_inplace::cuda {
 
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads) map_kernel(const __grid_constant__ typename Kernel::Params params) {
+__global__ void __launch_bounds__(kThreads) elementwise_kernel(const __grid_constant__ typename Kernel::Params params) {
   Kernel::run(params, blockIdx.x, threadIdx.x);
 }
 
@@ -39,8 +39,8 @@ class CudaLauncher {
   int64_t target_blocks() const { return kTargetBlocks; }
 
   template <class Kernel>
-  void map(const typename Kernel::Params& params, int64_t blocks, const Trace&) {
-    map_kernel<Kernel><<<unsigned(blocks), kThreads, 0, stream_>>>(params);
+  void elementwise(const typename Kernel::Params& params, int64_t blocks, const Trace&) {
+    elementwise_kernel<Kernel><<<unsigned(blocks), kThreads, 0, stream_>>>(params);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -63,4 +63,4 @@ class CudaLauncher {
   cudaStream_t stream_;
 };
 
-} // namespace safe_inplace::tiles
+} // namespace safe_inplace::cuda

@@ -2,13 +2,13 @@
 // converting them waits until every load of the thread has been issued.
 #pragma once
 
-#include "tiles.h"
+#include "params.h"
 
 #if !defined(__CUDACC__)
 #include <stdexcept>
 #endif
 
-namespace safe_inplace::tiles {
+namespace safe_inplace::cuda {
 
 SI_INLINE void check_alignment([[maybe_unused]] const void* address, [[maybe_unused]] int bytes) {
 #if !defined(__CUDACC__)
@@ -40,7 +40,7 @@ SI_INLINE void store_16_bytes(char* address, const uint32_t* words) {
 #endif
 }
 
-// The bits of V elements of T, or of float where `Mixed` lets a stream be wide.
+// The bits of V elements of T, or of float where `Mixed` lets an accessor be wide.
 template <class T, int V, bool Mixed>
 struct Bits {
   static constexpr bool mixed = Mixed;
@@ -85,20 +85,20 @@ SI_INLINE void store_element(void* data, uint64_t offset, T value) {
   *address = value;
 }
 
-template <class T, int V, Mode mode, class M>
-SI_INLINE void fetch_as(const Stream<M>& stream, uint64_t offset, uint32_t* words) {
-  if constexpr (V > 1 && mode == Mode::Vector) {
-    const char* address = static_cast<const char*>(stream.data) + offset * sizeof(T);
+template <class T, int V, AccessMode mode, class M>
+SI_INLINE void fetch_as(const Accessor<M>& accessor, uint64_t offset, uint32_t* words) {
+  if constexpr (V > 1 && mode == AccessMode::Vector) {
+    const char* address = static_cast<const char*>(accessor.data) + offset * sizeof(T);
     SI_UNROLL
     for (int b = 0; b < V * int(sizeof(T)) / 16; ++b) {
       load_16_bytes(address + 16 * b, words + 4 * b);
     }
-  } else if constexpr (V == 1 || mode == Mode::Same) {
-    put_element(words, 0, load_element<T>(stream.data, offset));
+  } else if constexpr (V == 1 || mode == AccessMode::Broadcast) {
+    put_element(words, 0, load_element<T>(accessor.data, offset));
   } else {
     SI_UNROLL
     for (int j = 0; j < V; ++j) {
-      put_element(words, j, load_element<T>(stream.data, offset + j * stream.step));
+      put_element(words, j, load_element<T>(accessor.data, offset + j * accessor.step));
     }
   }
 }
@@ -107,33 +107,33 @@ SI_INLINE void fetch_as(const Stream<M>& stream, uint64_t offset, uint32_t* word
 // elements are taken one by one, which costs fewer registers than a converted copy of every vector. A number among
 // the elements of a 16-bit T is one of them (operands that are any number make a launch Mixed).
 template <class T, int V, bool Mixed, class M>
-SI_INLINE void settle(const Stream<M>& stream, Bits<T, V, Mixed>& bits) {
-  if (stream.mode == Mode::Number) {
+SI_INLINE void settle(const Accessor<M>& accessor, Bits<T, V, Mixed>& bits) {
+  if (accessor.mode == AccessMode::Number) {
     SI_UNROLL
     for (int j = 0; j < V; ++j) {
       if constexpr (Mixed) {
-        put_element(bits.words, j, float(stream.number));
+        put_element(bits.words, j, float(accessor.number));
       } else {
-        put_element(bits.words, j, narrow<T>(stream.number));
+        put_element(bits.words, j, narrow<T>(accessor.number));
       }
     }
     return;
   }
   if constexpr (Mixed) {
-    if (!stream.wide) {
+    if (!accessor.wide) {
       // From the end: a float takes the place of two elements.
       const T same = element_of<T>(bits.words, 0);
       SI_UNROLL
       for (int j = V - 1; j >= 0; --j) {
-        put_element(bits.words, j, float(widen(stream.mode == Mode::Same ? same : element_of<T>(bits.words, j))));
+        put_element(bits.words, j, float(widen(accessor.mode == AccessMode::Broadcast ? same : element_of<T>(bits.words, j))));
       }
-    } else if (V > 1 && stream.mode == Mode::Same) {
+    } else if (V > 1 && accessor.mode == AccessMode::Broadcast) {
       SI_UNROLL
       for (int j = 1; j < V; ++j) {
         bits.words[j] = bits.words[0];
       }
     }
-  } else if (V > 1 && stream.mode == Mode::Same) {
+  } else if (V > 1 && accessor.mode == AccessMode::Broadcast) {
     const T same = element_of<T>(bits.words, 0);
     SI_UNROLL
     for (int j = 0; j < V; ++j) {
@@ -152,14 +152,14 @@ SI_INLINE Math<T> settled(const Bits<T, V, Mixed>& bits, int j) {
 }
 
 template <class T, int V, class M>
-SI_INLINE void store_as(const Stream<M>& stream, uint64_t offset, const M (&values)[V]) {
-  if (V > 1 && stream.mode == Mode::Vector) {
+SI_INLINE void store_as(const Accessor<M>& accessor, uint64_t offset, const M (&values)[V]) {
+  if (V > 1 && accessor.mode == AccessMode::Vector) {
     uint32_t words[V * sizeof(T) / 4 > 0 ? V * sizeof(T) / 4 : 1];
     SI_UNROLL
     for (int j = 0; j < V; ++j) {
       put_element(words, j, narrow<T>(values[j]));
     }
-    char* address = static_cast<char*>(stream.data) + offset * sizeof(T);
+    char* address = static_cast<char*>(accessor.data) + offset * sizeof(T);
     SI_UNROLL
     for (int b = 0; b < V * int(sizeof(T)) / 16; ++b) {
       store_16_bytes(address + 16 * b, words + 4 * b);
@@ -167,20 +167,20 @@ SI_INLINE void store_as(const Stream<M>& stream, uint64_t offset, const M (&valu
   } else {
     SI_UNROLL
     for (int j = 0; j < V; ++j) {
-      store_element(stream.data, offset + j * stream.step, narrow<T>(values[j]));
+      store_element(accessor.data, offset + j * accessor.step, narrow<T>(values[j]));
     }
   }
 }
 
 template <class T, int V, class M>
-SI_INLINE void store(const Stream<M>& stream, uint64_t offset, const M (&values)[V]) {
+SI_INLINE void store(const Accessor<M>& accessor, uint64_t offset, const M (&values)[V]) {
   if constexpr (kMayMix<T>) {
-    if (stream.wide) {
-      store_as<float, V>(stream, offset, values);
+    if (accessor.wide) {
+      store_as<float, V>(accessor, offset, values);
       return;
     }
   }
-  store_as<T, V>(stream, offset, values);
+  store_as<T, V>(accessor, offset, values);
 }
 
-} // namespace safe_inplace::tiles
+} // namespace safe_inplace::cuda

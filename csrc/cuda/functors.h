@@ -2,9 +2,9 @@
 // at run time for the layouts that need no instance of their own per op.
 #pragma once
 
-#include "tiles.h"
+#include "params.h"
 
-namespace safe_inplace::tiles {
+namespace safe_inplace::cuda {
 
 // Calls function(Op{}) with the op of this index.
 template <class Function, class... Ops>
@@ -13,7 +13,7 @@ SI_INLINE void with_op(int index, Function&& function, OpList<Ops...>) {
 }
 
 template <class Op>
-struct Forward {
+struct ForwardFunctor {
   static constexpr bool reads_second = Op::operands == 2;
   static constexpr bool reads_first = true;
   static constexpr bool reads_saved = false;
@@ -27,6 +27,11 @@ struct Forward {
   }
 };
 
+// Where backward reads a factor other than one.
+SI_INLINE constexpr Slot slot_of(Factor factor) {
+  return factor == Factor::First ? First : factor == Factor::Second ? Second : Saved;
+}
+
 template <class Op>
 constexpr bool reads_factor(Factor factor) {
   return Op::partials[0].factor == factor || Op::partials[1].factor == factor ||
@@ -34,7 +39,7 @@ constexpr bool reads_factor(Factor factor) {
 }
 
 template <class Op>
-struct Backward {
+struct BackwardFunctor {
   static constexpr bool reads_first = reads_factor<Op>(Factor::First);
   static constexpr bool reads_second = reads_factor<Op>(Factor::Second);
   static constexpr bool reads_saved = reads_factor<Op>(Factor::Kept);
@@ -53,7 +58,7 @@ struct Backward {
   SI_INLINE static M partial(M conjugate_parameter, const M (&in)[kIns]) {
     constexpr Factor factor = Op::partials[I].factor;
     constexpr bool times_parameter = Op::partials[I].times_parameter;
-    constexpr int slot = factor == Factor::First ? First : factor == Factor::Second ? Second : Saved;
+    constexpr int slot = slot_of(factor);
     M value = in[Main];
     if constexpr (factor != Factor::One) {
       value = value * conjugate(in[slot]);
@@ -65,7 +70,7 @@ struct Backward {
   }
 };
 
-template <template <class> class Body>
+template <template <class> class Functor>
 struct AnyOp {
   static constexpr bool reads_first = true;
   static constexpr bool reads_second = true;
@@ -75,9 +80,9 @@ struct AnyOp {
   template <class M>
   SI_INLINE static M compute(int out, int op, M parameter, const M (&in)[kIns]) {
     M value{};
-    with_op(op, [&](auto tag) { value = Body<decltype(tag)>::compute(out, op, parameter, in); }, AllOps{});
+    with_op(op, [&](auto tag) { value = Functor<decltype(tag)>::compute(out, op, parameter, in); }, AllOps{});
     return value;
   }
 };
 
-} // namespace safe_inplace::tiles
+} // namespace safe_inplace::cuda

@@ -1,0 +1,214 @@
+// From a plan to launches: the choice among the kernels, for any launcher: the device's, and the simulator's. A launcher has
+//   elementwise<Kernel>(params, blocks, Trace), reduce<Kernel>(params, blocks, Trace),
+//   workspace(bytes): memory that lives as long as the value it returns, with .data(),
+//   index_limit(), target_blocks().
+#pragma once
+
+#include <type_traits>
+
+#include "elementwise_kernels.h"
+#include "functors.h"
+#include "plan_elementwise.h"
+#include "plan_reduction.h"
+#include "reduction_kernels.h"
+
+namespace safe_inplace::cuda {
+
+// Operands that do not fit a 16-bit dtype: floats, and numbers, which are used in the precision of the arithmetic.
+inline bool any_wide(const Problem& problem) {
+  for (int slot : {First, Second}) {
+    if (problem.present[slot] && (!is_tensor(problem, slot) || problem.args[slot].dtype != problem.dtype)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Calls function(std::bool_constant<Mixed>) with Mixed true where an operand is wide.
+template <class T, class Function>
+void with_mixed(const Problem& problem, Function&& function) {
+  if constexpr (kMayMix<T>) {
+    if (any_wide(problem)) {
+      return function(std::true_type{});
+    }
+  }
+  function(std::false_type{});
+}
+
+template <class Kernel, class Launcher>
+void launch_elementwise(typename Kernel::Params params, int op, typename Kernel::M parameter, const Trace& trace,
+                        Launcher& launcher) {
+  params.op = op;
+  params.parameter = parameter;
+  launcher.template elementwise<Kernel>(params, ceil_divide(int64_t(params.count), int64_t(params.tile)), trace);
+}
+
+template <template <class> class Functor, class T, class Launcher>
+void dispatch_elementwise(const Problem& problem, int op, Math<T> parameter, Launcher& launcher) {
+  using M = Math<T>;
+  constexpr int V = kVector<T>;
+  const int64_t limit = launcher.index_limit();
+  // The last block counts past the end.
+  const int64_t slack = kThreads * 4;
+  const Path path = choose_path(problem, V, limit);
+  const bool narrow_index = strides_fit(problem, path == Path::Vectors ? V : 1, limit) &&
+                            problem.shape.numel / (path == Path::Elements ? 1 : V) + slack < limit;
+  if (!narrow_index) {
+    using Kernel = Elementwise<AnyOp<Functor>, T, kMayMix<T>, 1, uint64_t>;
+    return launch_elementwise<Kernel>(plan_elementwise<M, uint64_t>(problem, 1, Kernel::U), op, parameter,
+                                      {"elementwise", 1, 64}, launcher);
+  }
+  if constexpr (V > 1) {
+    if (path == Path::Vectors) {
+      return with_mixed<T>(problem, [&](auto mixed) {
+        with_op(op, [&](auto tag) {
+          using Kernel = Elementwise<Functor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
+          launch_elementwise<Kernel>(plan_elementwise<M, uint32_t>(problem, V, Kernel::U), op, parameter,
+                                     {"elementwise", V, 32}, launcher);
+        }, AllOps{});
+      });
+    }
+    if (path == Path::Unaligned) {
+      using Kernel = Unaligned<AnyOp<Functor>, T>;
+      return launch_elementwise<Kernel>(plan_unaligned<M>(problem, V, Kernel::U), op, parameter, {"unaligned", V, 32},
+                                        launcher);
+    }
+  }
+  using Kernel = Elementwise<AnyOp<Functor>, T, kMayMix<T>, 1, uint32_t>;
+  launch_elementwise<Kernel>(plan_elementwise<M, uint32_t>(problem, 1, Kernel::U), op, parameter, {"elementwise", 1, 32},
+                             launcher);
+}
+
+template <class T, class Launcher>
+void dispatch_forward(const ForwardPlan& plan, Launcher& launcher) {
+  Problem problem;
+  problem.dtype = plan.dtype;
+  problem.shape = plan.shape;
+  const auto put = [&](Slot slot, const Arg& arg) {
+    problem.args[slot] = arg;
+    problem.present[slot] = true;
+  };
+  put(Main, plan.input);
+  put(Out0, plan.input);
+  put(First, plan.operands[0]);
+  if (infos[plan.op].operands == 2) {
+    put(Second, plan.operands[1]);
+  }
+  if (plan.kept.data != nullptr) {
+    put(Out1, plan.kept);
+  }
+  dispatch_elementwise<ForwardFunctor, T>(problem, plan.op, Number<Math<T>>::from(plan.parameter), launcher);
+}
+
+enum class Outcome { Done, TooMuchMemory, IndexTooNarrow };
+
+template <class Kernel, class I, class Launcher>
+Outcome launch_reduction(const Problem& problem, const SumTargets& targets, int op, typename Kernel::M parameter,
+                         int width, Launcher& launcher) {
+  using T = typename Kernel::Element;
+  const int64_t limit = launcher.index_limit();
+  auto plan = plan_reduction<T, I>(problem, targets, width, Kernel::U, launcher.target_blocks());
+  if (sizeof(I) == 4 && !(plan.largest < limit && strides_fit(problem, width, limit))) {
+    return Outcome::IndexTooNarrow;
+  }
+  if (targets.wanted[0] && targets.wanted[1] && plan.workspace > workspace_budget(problem)) {
+    return Outcome::TooMuchMemory;
+  }
+  plan.params.op = op;
+  plan.params.parameter = parameter;
+  auto workspace = launcher.workspace(plan.workspace);
+  for (int i = 0; i < 2; ++i) {
+    if (plan.workspace_at[i] >= 0) {
+      plan.params.sums[i].data = static_cast<char*>(workspace.data()) + plan.workspace_at[i];
+      plan.partials.sums[i].partials = static_cast<const typename Kernel::M*>(plan.params.sums[i].data);
+    }
+  }
+  launcher.template reduce<Kernel>(plan.params, plan.blocks,
+                                   Trace{"reduce", width, int(sizeof(I)) * 8, plan.workspace});
+  if (plan.partials_blocks > 0) {
+    launcher.template reduce<ReducePartials<T>>(plan.partials, plan.partials_blocks, Trace{"reduce_partials", 1, 64});
+  }
+  return Outcome::Done;
+}
+
+// One reading of the gradient; false where two sums would need too much memory for it.
+template <class T, class Launcher>
+bool dispatch_reduction(const Problem& problem, const SumTargets& targets, int op, Math<T> parameter,
+                        Launcher& launcher) {
+  constexpr int V = kVector<T>;
+  Outcome outcome = Outcome::IndexTooNarrow;
+  if constexpr (V > 1) {
+    if (rows_take_vectors(problem, V)) {
+      with_mixed<T>(problem, [&](auto mixed) {
+        with_op(op, [&](auto tag) {
+          using Kernel = Reduce<BackwardFunctor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
+          outcome = launch_reduction<Kernel, uint32_t>(problem, targets, op, parameter, V, launcher);
+        }, AllOps{});
+      });
+    }
+  }
+  if (outcome == Outcome::IndexTooNarrow) {
+    using Kernel = Reduce<AnyOp<BackwardFunctor>, T, kMayMix<T>, 1, uint32_t>;
+    outcome = launch_reduction<Kernel, uint32_t>(problem, targets, op, parameter, 1, launcher);
+  }
+  if (outcome == Outcome::IndexTooNarrow) {
+    using Kernel = Reduce<AnyOp<BackwardFunctor>, T, kMayMix<T>, 1, uint64_t>;
+    outcome = launch_reduction<Kernel, uint64_t>(problem, targets, op, parameter, 1, launcher);
+  }
+  return outcome == Outcome::Done;
+}
+
+// The launch that computes the gradients in `now`, and reads nothing that they do not need.
+inline Problem backward_problem(const BackwardPlan& plan, const bool (&now)[3]) {
+  Problem problem;
+  problem.dtype = plan.dtype;
+  problem.shape = plan.shape;
+  problem.args[Main] = plan.grad;
+  problem.present[Main] = true;
+  for (int i = 0; i < 3; ++i) {
+    if (!now[i]) {
+      continue;
+    }
+    const Factor factor = infos[plan.op].partials[i].factor;
+    if (factor != Factor::One) {
+      const Slot slot = slot_of(factor);
+      problem.args[slot] = plan.factors[int(factor)];
+      problem.present[slot] = true;
+    }
+    if (!plan.reduced[i]) {
+      problem.args[Out0 + i] = plan.grads[i];
+      problem.present[Out0 + i] = true;
+    }
+  }
+  return problem;
+}
+
+template <class T, class Launcher>
+void dispatch_backward(const BackwardPlan& plan, Launcher& launcher) {
+  const int outs = 1 + infos[plan.op].operands;
+  const auto wanted = [&](int i) { return i < outs && plan.wanted[i]; };
+  const Math<T> parameter = conjugate(Number<Math<T>>::from(plan.parameter));
+  const bool all[3] = {wanted(0), wanted(1), wanted(2)};
+  if (!all[0] && !all[1] && !all[2]) {
+    return;
+  }
+  SumTargets targets;
+  for (int i = 0; i < 2; ++i) {
+    targets.args[i] = plan.grads[i + 1];
+    targets.wanted[i] = all[i + 1] && plan.reduced[i + 1];
+  }
+  if (!targets.wanted[0] && !targets.wanted[1]) {
+    return dispatch_elementwise<BackwardFunctor, T>(backward_problem(plan, all), plan.op, parameter, launcher);
+  }
+  if (dispatch_reduction<T>(backward_problem(plan, all), targets, plan.op, parameter, launcher)) {
+    return;
+  }
+  // Two patterns of reduction with little in common: the gradient is read twice. What may overwrite it comes last.
+  SumTargets first = targets, second = targets;
+  first.wanted[1] = false;
+  second.wanted[0] = false;
+  dispatch_reduction<T>(backward_problem(plan, {false, true, false}), first, plan.op, parameter, launcher);
+  dispatch_reduction<T>(backward_problem(plan, {all[0], false, true}), second, plan.op, parameter, launcher);
+}
+
+} // namespace safe_inplace::cuda

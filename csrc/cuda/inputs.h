@@ -1,0 +1,109 @@
+// What a thread has read of one vector, and what it computes from that: shared by all kernels that evaluate an op.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "accessor.h"
+
+namespace safe_inplace::cuda {
+
+// What a thread has read of one vector.
+template <class Functor, class T, bool Mixed, int V>
+struct Inputs {
+  using M = Math<T>;
+  Bits<T, V, false> main, saved;
+  Bits<T, V, Mixed> first, second;
+
+  template <int U, class Offset>
+  SI_INLINE static void fetch_all(const Accessor<M>* accessors, const bool (&live)[U], const uint64_t* base,
+                                  const Offset (&offsets)[U][kIns], Inputs (&inputs)[U]) {
+    fetch<&Inputs::main>(accessors[Main], live, base, offsets, Main, inputs);
+    if constexpr (Functor::reads_saved) {
+      fetch<&Inputs::saved>(accessors[Saved], live, base, offsets, Saved, inputs);
+    }
+    if constexpr (Functor::reads_first) {
+      fetch<&Inputs::first>(accessors[First], live, base, offsets, First, inputs);
+    }
+    if constexpr (Functor::reads_second) {
+      fetch<&Inputs::second>(accessors[Second], live, base, offsets, Second, inputs);
+    }
+  }
+
+  SI_INLINE void settle_all(const Accessor<M>* accessors) {
+    settle(accessors[Main], main);
+    if constexpr (Functor::reads_saved) {
+      settle(accessors[Saved], saved);
+    }
+    if constexpr (Functor::reads_first) {
+      settle(accessors[First], first);
+    }
+    if constexpr (Functor::reads_second) {
+      settle(accessors[Second], second);
+    }
+  }
+
+  // Element j of the value that belongs to Out0 + `out`.
+  SI_INLINE M compute(int out, int op, M parameter, int j) const {
+    M in[kIns] = {};
+    in[Main] = settled(main, j);
+    if constexpr (Functor::reads_saved) {
+      in[Saved] = settled(saved, j);
+    }
+    if constexpr (Functor::reads_first) {
+      in[First] = settled(first, j);
+    }
+    if constexpr (Functor::reads_second) {
+      in[Second] = settled(second, j);
+    }
+    return Functor::compute(out, op, parameter, in);
+  }
+
+  SI_INLINE void compute_all(int out, int op, M parameter, M (&values)[V]) const {
+    SI_UNROLL
+    for (int j = 0; j < V; ++j) {
+      values[j] = compute(out, op, parameter, j);
+    }
+  }
+
+ private:
+  template <auto Member, int U, class Offset>
+  SI_INLINE static void fetch(const Accessor<M>& accessor, const bool (&live)[U], const uint64_t* base,
+                              const Offset (&offsets)[U][kIns], int slot, Inputs (&inputs)[U]) {
+    if (accessor.mode == AccessMode::Absent || accessor.mode == AccessMode::Number) {
+      return;
+    }
+    if constexpr (std::decay_t<decltype(std::declval<Inputs&>().*Member)>::mixed) {
+      if (accessor.wide) {
+        return fetch_as<Member, float>(accessor, live, base, offsets, slot, inputs);
+      }
+    }
+    fetch_as<Member, T>(accessor, live, base, offsets, slot, inputs);
+  }
+
+  // The branch on the mode is outside, so that the loads of one tensor follow each other.
+  template <auto Member, class E, int U, class Offset>
+  SI_INLINE static void fetch_as(const Accessor<M>& accessor, const bool (&live)[U], const uint64_t* base,
+                                 const Offset (&offsets)[U][kIns], int slot, Inputs (&inputs)[U]) {
+    if (V == 1 || accessor.mode == AccessMode::Vector) {
+      fetch_as<Member, E, AccessMode::Vector>(accessor, live, base, offsets, slot, inputs);
+    } else if (accessor.mode == AccessMode::Broadcast) {
+      fetch_as<Member, E, AccessMode::Broadcast>(accessor, live, base, offsets, slot, inputs);
+    } else {
+      fetch_as<Member, E, AccessMode::Elements>(accessor, live, base, offsets, slot, inputs);
+    }
+  }
+
+  template <auto Member, class E, AccessMode mode, int U, class Offset>
+  SI_INLINE static void fetch_as(const Accessor<M>& accessor, const bool (&live)[U], const uint64_t* base,
+                                 const Offset (&offsets)[U][kIns], int slot, Inputs (&inputs)[U]) {
+    SI_UNROLL
+    for (int u = 0; u < U; ++u) {
+      if (live[u]) {
+        cuda::fetch_as<E, V, mode>(accessor, base[slot] + offsets[u][slot], (inputs[u].*Member).words);
+      }
+    }
+  }
+};
+
+} // namespace safe_inplace::cuda
