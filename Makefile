@@ -46,7 +46,7 @@ BUILT := $(BUILD)/built
 CONFIG := $(KEY) $(VENV) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 IN_TREE := build/in-tree
 NOTE := safe_inplace/_build_info.py
-SOURCES := setup.py $(shell find csrc -type f)
+SOURCES := setup.py $(shell find csrc -type f) $(wildcard tests/simulator/*.cpp tests/simulator/*.h tests/toy_backend/*.cpp tests/toy_backend/*.h)
 
 # What the tests need, and what they need besides with this torch, where pyproject.toml has an extra named after it.
 TEST_EXTRAS := test demo $(shell sed -nE 's/^"(test-$(KEY))" = .*/\1/p' pyproject.toml)
@@ -100,7 +100,7 @@ sanitize: $(venv) $(foreach name,$(TEST_EXTRAS),$(call extra,$(name)))
 	@tar cf - --exclude='*.so' --exclude=_build_info.py setup.py pyproject.toml README.md csrc safe_inplace tests examples benchmarks \
 		| tar xf - -C $(SANITIZED)/tree
 	@cd $(SANITIZED)/tree && SAFE_INPLACE_CXXFLAGS='-O1 -g1 $(SANITIZE)' LDFLAGS='$(SANITIZE)' FORCE_CUDA=0 \
-		$(abspath $(PY)) setup.py build_ext --inplace > ../log 2>&1 || { tail -n 40 ../log; exit 1; }
+		$(abspath $(PY)) setup.py build_ext --inplace build_test_extensions > ../log 2>&1 || { tail -n 40 ../log; exit 1; }
 	$(call say,tests with $(SANITIZER))
 	@cd $(SANITIZED)/tree && PYTHONPATH=$$PWD LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 \
@@ -108,7 +108,7 @@ sanitize: $(venv) $(foreach name,$(TEST_EXTRAS),$(call extra,$(name)))
 
 clean:
 	$(call say,removing build/ and dist/ and the extension in the tree; .venv/ stays)
-	@rm -rf build dist *.egg-info safe_inplace/_C*.so $(NOTE)
+	@rm -rf build dist *.egg-info safe_inplace/_C*.so tests/*/_*.so $(NOTE)
 
 $(VENV)/.python:
 	@test -n '$(PYTHON)' || { echo 'Python 3.11, 3.12 or 3.13 is needed, and none is on PATH; install one, or name it: PYTHON=...'; exit 1; }
@@ -139,8 +139,9 @@ $(NOTE):
 $(BUILT): $(SOURCES) $(NOTE) $(venv)
 	$(call say,building the extension for $(TORCH); all that the compilers say is in $(BUILD)/log)
 	@mkdir -p $(BUILD) && rm -f $(IN_TREE)
-	@$(PY) setup.py build_ext --inplace --build-temp $(BUILD)/temp --build-lib $(BUILD)/lib 2>&1 | tee $(BUILD)/log \
-		| sed -u -nE 's|^(\[[0-9]+/[0-9]+\]).* -c -c ([^ ]*/)?(csrc/[^ ]+) .*|    \1 \3|p; /(warning|error)[ :]/p' \
+	@$(PY) setup.py build_ext --inplace --build-temp $(BUILD)/temp --build-lib $(BUILD)/lib \
+			build_test_extensions --build-temp $(BUILD)/temp 2>&1 | tee $(BUILD)/log \
+		| sed -u -nE 's|^(\[[0-9]+/[0-9]+\]).* -c -c ([^ ]*/)?((csrc\|tests)/[^ ]+) .*|    \1 \3|p; /(warning|error)[ :]/p' \
 		|| { tail -n 40 $(BUILD)/log; exit 1; }
 	@echo '$(CONFIG)' > $(IN_TREE)
 	@touch $@

@@ -1,4 +1,5 @@
-"""Build of safe_inplace._C. What is declared lives in pyproject.toml; here is only what depends on the torch found."""
+"""Build of safe_inplace._C, and of the extensions that its tests use. What is declared lives in pyproject.toml; here is only
+what depends on the torch found."""
 
 import os
 import re
@@ -196,7 +197,8 @@ def dynamic_names(library: Path) -> tuple[list[str], list[str]]:
     return needed, defined
 
 
-def extension() -> tuple[Extension, type, dict[str, str | None]]:
+def extensions() -> tuple[Extension, list[Extension], type, dict[str, str | None]]:
+    """What is shipped, what only the tests use, the command that builds them, and what they are built for."""
     torch = import_torch()
     require_compiler()
     toolkit = cuda_toolkit(torch)
@@ -223,7 +225,6 @@ def extension() -> tuple[Extension, type, dict[str, str | None]]:
     shared = ["-std=c++20", "-O3", *system_includes(torch, toolkit[0] if toolkit else None)]
     cxx = [
         *shared,
-        *strings,
         "-g0",
         "-Wall",
         "-Wextra",
@@ -234,37 +235,45 @@ def extension() -> tuple[Extension, type, dict[str, str | None]]:
         f"-fmacro-prefix-map={ROOT}/=",
         # at::parallel_for is a template: a file compiled without OpenMP runs it on one thread and says nothing.
         "-fopenmp",
-        # Last, so that they win: make sanitize.
-        *os.environ.get("SAFE_INPLACE_CXXFLAGS", "").split(),
     ]
+    # Last, so that they win: make sanitize.
+    last = os.environ.get("SAFE_INPLACE_CXXFLAGS", "").split()
     # at::parallel_for in a .cu file needs OpenMP in the host compiler as well.
     nvcc = [*shared, "--extended-lambda", "-lineinfo", "-Xcompiler", "-g0,-fvisibility=hidden,-fopenmp"]
-    return (
-        (CUDAExtension if toolkit else CppExtension)(
-            "safe_inplace._C",
-            sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu", "csrc/cuda/*.cpp"] if toolkit else [])),
-            include_dirs=[str(ROOT / "csrc")],
-            define_macros=[("SAFE_INPLACE_WITH_CUDA", None)] if toolkit else [],
-            extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-            extra_link_args=["-fopenmp"],
-        ),
-        BuildExtension,
-        facts,
+    shipped = (CUDAExtension if toolkit else CppExtension)(
+        "safe_inplace._C",
+        sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu", "csrc/cuda/*.cpp"] if toolkit else [])),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("SAFE_INPLACE_WITH_CUDA", None)] if toolkit else [],
+        extra_compile_args={"cxx": [*cxx, *strings, *last], "nvcc": nvcc},
+        extra_link_args=["-fopenmp"],
     )
+    for_tests = [
+        CppExtension(
+            f"tests.{folder}._{folder}",
+            sources(f"tests/{folder}/*.cpp"),
+            include_dirs=[str(ROOT / "csrc")],
+            # Many instances, each run on a few thousand elements: compiling them well would take longer than all tests.
+            extra_compile_args={"cxx": [*cxx, "-O1", *last]},
+        )
+        for folder in ("simulator", "toy_backend")
+    ]
+    return shipped, for_tests, BuildExtension, facts
 
 
 def build_arguments() -> dict:
-    compiled, build_extension, facts = extension()
+    shipped, for_tests, build_extension, facts = extensions()
 
-    class build_ext(build_extension):
-        """Leaves a note beside the extension of what it was built for: it can be read where the extension cannot be
-        loaded any more, under another torch."""
-
+    class build_checked(build_extension):
         def build_extension(self, ext: Extension) -> None:
             require_libstdcxx(self.compiler.compiler_cxx)
             ext.extra_link_args += shared_runtimes(self.compiler.compiler_cxx)
             super().build_extension(ext)
             require_shared_libstdcxx(Path(self.get_ext_fullpath(ext.name)))
+
+    class build_ext(build_checked):
+        """Leaves a note beside the extension of what it was built for: it can be read where the extension cannot be
+        loaded any more, under another torch."""
 
         def run(self) -> None:
             super().run()
@@ -273,11 +282,23 @@ def build_arguments() -> dict:
             lines = [f"{name} = {value!r}\n" for name, value in facts.items()]
             (package / "_build_info.py").write_text("# Written by setup.py.\n" + "".join(lines))
 
-    return {"ext_modules": [compiled], "cmdclass": {"build_ext": build_ext}}
+    class build_test_extensions(build_checked):
+        """What only the tests use: in the tree, and by no command that installs or packs."""
+
+        def finalize_options(self) -> None:
+            modules, self.distribution.ext_modules = self.distribution.ext_modules, for_tests
+            self.inplace = True
+            super().finalize_options()
+            self.distribution.ext_modules = modules
+            # A folder of its own: what lies in the usual one goes into the next wheel.
+            self.build_temp = str(Path(self.build_temp, "tests"))
+            self.build_lib = str(Path(self.build_temp, "lib"))
+
+    return {"ext_modules": [shipped], "cmdclass": {"build_ext": build_ext, "build_test_extensions": build_test_extensions}}
 
 
 # An sdist and the metadata can be made without torch and without a compiler.
-if {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"} & set(sys.argv):
+if {"build", "build_ext", "build_test_extensions", "bdist_wheel", "editable_wheel", "develop", "install"} & set(sys.argv):
     setup(license="BSD-3-Clause", **build_arguments())
 else:
     setup(license="BSD-3-Clause", ext_modules=[Extension("safe_inplace._C", sources("csrc/*.cpp", "csrc/cpu/*.cpp"))])

@@ -17,8 +17,11 @@ struct Backend {
   void (*backward)(const BackwardPlan&);
   // Digests `bytes` bytes from `data` into `result`, a 0-dim int64 tensor on the same device, on the current stream. Null: guard
   // has no fingerprints there.
-  void (*digest)(const void* data, int64_t bytes, const at::Tensor& result);
+  void (*digest)(const void* data, int64_t bytes, const at::Tensor& result) = nullptr;
 };
+
+// The name of a capsule that holds one, by which an extension of its own hands it to `_C.register_backend`.
+inline constexpr const char* kBackendCapsule = "safe_inplace.Backend";
 
 // As a static object of the backend's folder, or later. A second one for a device takes the place of the first.
 struct RegisterBackend {

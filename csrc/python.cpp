@@ -11,11 +11,11 @@
 #include <pybind11/gil_safe_call_once.h>
 
 #include <algorithm>
-#include <optional>
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "cuda/simulate.h"
+#include "backend.h"
 #include "digest.h"
 #include "guard.h"
 #include "library.h"
@@ -316,28 +316,20 @@ py::object make_entry_point(const std::string& name, const std::string& document
   return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&made->definition, nullptr, module.ptr()));
 }
 
-// With an index limit: the CUDA kernels' code, run on the host, takes the place of the CPU's kernels; with None, the
-// CPU's are back.
-void simulate_cuda(std::optional<int64_t> index_limit, bool reversed, int64_t target_blocks) {
-  if (index_limit.has_value()) {
-    start_simulation({reversed, *index_limit, target_blocks});
-  } else {
-    stop_simulation();
+// Registers a backend from another extension, which may take the place of one; that one is returned. While nothing else runs.
+py::object register_backend(const py::capsule& capsule) {
+  if (capsule.name() == nullptr || std::string(capsule.name()) != kBackendCapsule) {
+    raise_type_error(std::string("a backend comes in a capsule of the name ") + kBackendCapsule);
   }
-}
-
-py::list simulated_launches() {
-  py::list list;
-  for (const SimulatedLaunch& launch : take_simulated_launches()) {
-    py::dict entry;
-    entry["kernel"] = launch.kernel;
-    entry["vector"] = launch.vector;
-    entry["index_bits"] = launch.index_bits;
-    entry["blocks"] = launch.blocks;
-    entry["workspace"] = launch.workspace;
-    list.append(entry);
+  const auto& backend = *capsule.get_pointer<const Backend>();
+  const Backend* const known = backend_of(backend.device);
+  auto previous = known != nullptr ? std::make_unique<Backend>(*known) : nullptr;
+  RegisterBackend{backend};
+  if (previous == nullptr) {
+    return py::none();
   }
-  return list;
+  const auto free = [](PyObject* object) { delete static_cast<const Backend*>(PyCapsule_GetPointer(object, kBackendCapsule)); };
+  return py::capsule(previous.release(), kBackendCapsule, free);
 }
 
 } // namespace
@@ -348,9 +340,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("op_table", op_table);
   m.def("build_info", build_info);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });
-  m.def("_simulate_cuda", simulate_cuda, py::arg("index_limit"), py::arg("reversed") = false,
-        py::arg("target_blocks") = Simulation{}.target_blocks);
-  m.def("_simulated_launches", simulated_launches);
+  m.def("register_backend", register_backend, py::arg("backend"));
   if (!bind_guard(m.ptr())) {
     throw py::error_already_set();
   }

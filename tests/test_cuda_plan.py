@@ -1,8 +1,5 @@
-"""The CUDA kernels' own code, run on the CPU block by block and thread by thread.
-
-The simulator takes the place of the CPU's kernels, so whole ops run through it: the choice of path, index
-arithmetic, tails, alignment and the order of summation are those of the device. It throws on a misaligned access, and
-shared memory and workspaces start as NaN.
+"""The CUDA kernels through the simulator, which takes the place of the CPU's kernels: whole ops run through it. And, of a build
+with CUDA, the machine code.
 """
 
 import importlib.util
@@ -11,7 +8,6 @@ import math
 import re
 import shutil
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,21 +18,13 @@ from safe_inplace import _C
 from .checks import assert_bit_equal, assert_close, assert_storage_bit_equal, grad_tolerance
 from .layouts import KERNEL_DTYPES, LARGE, MEDIUM, SMALL, TAILS, arrange, random_tensor, short, twin
 from .op_table import BY_NAME, EXACT, FUSED, OPS
+from .simulator import launches, simulated
 from .test_reductions import MOST_UNITS, units_off
 from .test_values import check
 
 op_ids = {"ids": lambda op: op.name}
 INDEX_LIMIT = 2**31
 VECTOR = {dtype: 16 // dtype.itemsize for dtype in KERNEL_DTYPES}
-
-
-@contextmanager
-def simulated(index_limit=INDEX_LIMIT, reversed=False, **more):
-    _C._simulate_cuda(index_limit, reversed, **more)
-    try:
-        yield
-    finally:
-        _C._simulate_cuda(None)
 
 
 @pytest.fixture
@@ -48,10 +36,6 @@ def device_code():
 def takes_kernel(op, dtype):
     """On the CPU, complex `mul_` is left to torch, whose rounding depends on the position in a row."""
     return op.name != "mul_" or not dtype.is_complex
-
-
-def launches():
-    return _C._simulated_launches()
 
 
 # Where vectors can start, end and cross rows, around the width of every dtype.
@@ -281,7 +265,7 @@ def test_long_sums_keep_their_digits(name, dtype):
     shape, operands, blocks = LONG_SUMS[name]
     value = complex(0.1, 0.1) if dtype.is_complex else 0.1
     for limit in (INDEX_LIMIT, 1):
-        with simulated(limit, target_blocks=blocks):
+        with simulated(index_limit=limit, target_blocks=blocks):
             launches()
             units = units_off(BY_NAME["mul_add_"], shape, "dense", operands, dtype, value, [1, 2])
             assert {launch["kernel"] for launch in launches()[1:]} <= {"reduce", "reduce_partials"}

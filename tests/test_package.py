@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,62 @@ class TestBuildThatCannotBeDone:
         assert line.startswith("nvcc is of CUDA 9.2") and f"install the CUDA {torch.version.cuda} toolkit" in line
 
 
+def setup_of_small_sources(
+    folder: Path, *commands: str, sources: dict[str, str], **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs setup.py in a tree whose C++ files are these."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name, text in {"safe_inplace/__init__.py": "__version__ = '0'", **sources}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return subprocess.run(
+        [sys.executable, "setup.py", *commands],
+        env={**os.environ, "FORCE_CUDA": "0", **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+class TestExtensionsOfTheTests:
+    """The simulator of the CUDA kernels and the toy backend: nobody who installs the package gets them."""
+
+    def test_a_wheel_is_without_them_though_they_were_built_before(self, tmp_path):
+        module = """
+#include <Python.h>
+#include <stdexcept>
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "NAME", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit_NAME() {
+  return Py_IsInitialized() ? PyModule_Create(&definition) : throw std::runtime_error("takes libstdc++");
+}
+"""
+        sources = {"csrc/small.cpp": module.replace("NAME", "_C")}
+        for name in ("simulator", "toy_backend"):
+            sources[f"tests/{name}/small.cpp"] = module.replace("NAME", f"_{name}")
+        result = setup_of_small_sources(
+            tmp_path, "build_test_extensions", "build_ext", "--inplace", "bdist_wheel", sources=sources
+        )
+        assert result.returncode == 0, result.stderr
+        for made in ("tests/simulator/_simulator", "tests/toy_backend/_toy_backend", "safe_inplace/_C"):
+            assert list(tmp_path.glob(f"{made}*.so"))
+        (wheel,) = (tmp_path / "dist").glob("*.whl")
+        names = zipfile.ZipFile(wheel).namelist()
+        assert any(re.fullmatch(r"safe_inplace/_C\S*\.so", name) for name in names)
+        assert {name.split("/")[0].split("-")[0] for name in names} == {"safe_inplace"}
+
+    def test_the_library_holds_nothing_of_the_simulator(self):
+        # Not above: the other tests run where it has not been built.
+        from .simulator import _simulator
+
+        marks = re.compile(rb"simulator|HostLauncher|misaligned access in a simulated", re.IGNORECASE)
+        assert marks.search(Path(_simulator.__file__).read_bytes())
+        assert not marks.search(Path(safe_inplace._C.__file__).read_bytes())
+
+
 COMPILERS_OF_A_COPY = {
     "nothing but its own": """
 arguments=()
@@ -209,22 +266,11 @@ except ValueError as error:
 """
 
     def build(self, folder: Path, compiler: str) -> subprocess.CompletedProcess:
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, folder)
-        (folder / "safe_inplace").mkdir()
-        (folder / "safe_inplace" / "__init__.py").write_text("__version__ = '0'")
-        (folder / "csrc").mkdir()
-        (folder / "csrc" / "small.cpp").write_text(self.SOURCE)
         wrapper = folder / "compiler"
         wrapper.write_text(f"#!/bin/bash\n{compiler}\n")
         wrapper.chmod(0o755)
-        return subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            env={**os.environ, "CXX": str(wrapper), "FORCE_CUDA": "0"},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=300,
+        return setup_of_small_sources(
+            folder, "build_ext", "--inplace", sources={"csrc/small.cpp": self.SOURCE}, CXX=str(wrapper)
         )
 
     def stopped(self, folder: Path, compiler: str) -> str:

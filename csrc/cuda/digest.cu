@@ -3,10 +3,10 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 
-#include "../digest_device.h"
 #include "../digest_mix.h"
+#include "digest.h"
 
-namespace safe_inplace {
+namespace safe_inplace::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -49,7 +49,9 @@ __global__ void finish_digest(uint64_t bytes, unsigned long long* total) {
   *total = digest_finish(*total, bytes);
 }
 
-void digest_kernel(const void* pointer, int64_t bytes, const at::Tensor& result) {
+} // namespace
+
+void digest(const void* pointer, int64_t bytes, const at::Tensor& result) {
   const c10::cuda::CUDAGuard device(result.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
   auto* total = reinterpret_cast<unsigned long long*>(result.mutable_data_ptr<int64_t>());
@@ -67,7 +69,4 @@ void digest_kernel(const void* pointer, int64_t bytes, const at::Tensor& result)
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-const RegisterDigest registration(c10::DeviceType::CUDA, &digest_kernel);
-
-} // namespace
-} // namespace safe_inplace
+} // namespace safe_inplace::cuda

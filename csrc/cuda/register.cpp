@@ -1,19 +1,21 @@
 // Registers the CUDA kernels.
-#include "../device.h"
+#include "../backend.h"
+#include "../dispatch.h"
+#include "digest.h"
 #include "dtypes.h"
 
 namespace safe_inplace {
 namespace {
 
 void forward(const ForwardPlan& plan) {
-  cuda::with_dtype(plan.dtype, [&](auto tag) { cuda::forward<decltype(tag)>(plan); });
+  with_dtype(plan.dtype, [&]<class T>(T) { cuda::forward<T>(plan); });
 }
 
 void backward(const BackwardPlan& plan) {
-  cuda::with_dtype(plan.dtype, [&](auto tag) { cuda::backward<decltype(tag)>(plan); });
+  with_dtype(plan.dtype, [&]<class T>(T) { cuda::backward<T>(plan); });
 }
 
-const RegisterDevice registered(c10::DeviceType::CUDA, {forward, backward});
+const RegisterBackend registered({c10::DeviceType::CUDA, forward, backward, cuda::digest});
 
 } // namespace
 } // namespace safe_inplace

@@ -1,42 +1,16 @@
-// The CUDA kernels as kernels of the CPU device, and the record of their launches.
-#include "cuda/simulate.h"
+// Launches on the host, and the entry points of a dtype, defined; a .cpp file for each dtype instantiates them.
+#pragma once
 
-#include <algorithm>
 #include <cstring>
 #include <memory>
-#include <mutex>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-#include <utility>
-#include <vector>
 
-#include "backend.h"
-#include "dispatch.h"
-
-// Many instances, each run on a few thousand elements: compiling them well would take longer than all tests. They get
-// a name of their own, or the linker could take one of these for the planning of real launches.
-#pragma GCC optimize("O1")
-#define cuda simulated_cuda
 #include "cuda/dispatch.h"
+#include "simulator.h"
 
-namespace safe_inplace {
-
-namespace {
-
-std::mutex mutex;
-Simulation current;
-std::vector<SimulatedLaunch> launches;
-std::optional<Backend> cpu;
+namespace safe_inplace::simulator {
 
 class HostLauncher {
  public:
-  HostLauncher() {
-    const std::lock_guard<std::mutex> lock(mutex);
-    simulation_ = current;
-  }
-
   int64_t index_limit() const {
     return simulation_.index_limit;
   }
@@ -47,7 +21,7 @@ class HostLauncher {
 
   template <class Kernel>
   void elementwise(const typename Kernel::Params& params, int64_t blocks, const cuda::Trace& trace) {
-    record(blocks, trace);
+    record({trace, blocks});
     each(blocks, [&](uint32_t block) {
       each(cuda::kThreads, [&](uint32_t thread) { Kernel::run(params, block, thread); });
     });
@@ -55,7 +29,7 @@ class HostLauncher {
 
   template <class Kernel>
   void reduce(const typename Kernel::Params& params, int64_t blocks, const cuda::Trace& trace) {
-    record(blocks, trace);
+    record({trace, blocks});
     const auto shared = std::make_unique<typename Kernel::Shared>();
     each(blocks, [&](uint32_t block) {
       // NaN in every format: what is read must have been written.
@@ -88,46 +62,19 @@ class HostLauncher {
     }
   }
 
-  void record(int64_t blocks, const cuda::Trace& trace) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    launches.push_back({trace.kernel, trace.vector, trace.index_bits, blocks, trace.workspace});
-  }
-
-  Simulation simulation_;
+  const Simulation simulation_ = current_simulation();
 };
 
+template <class T>
 void forward(const ForwardPlan& plan) {
   HostLauncher launcher;
-  with_dtype(plan.dtype, [&](auto tag) { cuda::dispatch_forward<decltype(tag)>(plan, launcher); });
+  cuda::dispatch_forward<T>(plan, launcher);
 }
 
+template <class T>
 void backward(const BackwardPlan& plan) {
   HostLauncher launcher;
-  with_dtype(plan.dtype, [&](auto tag) { cuda::dispatch_backward<decltype(tag)>(plan, launcher); });
+  cuda::dispatch_backward<T>(plan, launcher);
 }
 
-} // namespace
-
-void start_simulation(const Simulation& simulation) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (!cpu) {
-    cpu = *backend_of(c10::DeviceType::CPU);
-  }
-  current = simulation;
-  launches.clear();
-  RegisterBackend({c10::DeviceType::CPU, forward, backward, cpu->digest});
-}
-
-void stop_simulation() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (cpu) {
-    RegisterBackend{*cpu};
-  }
-}
-
-std::vector<SimulatedLaunch> take_simulated_launches() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  return std::exchange(launches, {});
-}
-
-} // namespace safe_inplace
+} // namespace safe_inplace::simulator
