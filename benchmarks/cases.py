@@ -215,7 +215,7 @@ def past_cache(device: torch.device) -> int:
     return 1 << (wanted - 1).bit_length()
 
 
-# The step that DESIGN.md states its target of forward and backward for: 65536 x 512 float32.
+# The step whose forward and backward have a target: 65536 x 512 float32.
 TRAINING_STEP = 128 * MiB
 
 

@@ -1,4 +1,4 @@
-"""What DESIGN.md promises of the ops, beside what was measured. Judges rows; measures nothing."""
+"""What the ops promise, beside what was measured. Judges rows; measures nothing."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ auto with_dtype(DType dtype, const Visit& visit) {
 // Calls visit with an element of the dtype's arithmetic.
 template <class Visit>
 auto with_opmath(DType dtype, const Visit& visit) {
-  return with_dtype(dtype, [&]<class T>(T) { return visit(Math<T>{}); });
+  return with_dtype(dtype, [&]<class T>(T) { return visit(OpMath<T>{}); });
 }
 
 // The dtype of arithmetic and accumulation.

@@ -12,11 +12,11 @@ namespace safe_inplace {
 enum class Factor : signed char { One = -1, First = 0, Second = 1, Kept = 2 };
 
 // d result / d operand, for the operands in the order input, first, second.
-struct Partial {
+struct Derivative {
   Factor factor = Factor::One;
   bool times_parameter = false;
 
-  constexpr bool operator==(const Partial& other) const {
+  constexpr bool operator==(const Derivative& other) const {
     return factor == other.factor && times_parameter == other.times_parameter;
   }
 };
@@ -53,7 +53,7 @@ struct Add : OpDefaults {
   static constexpr int operands = 1;
   static constexpr const char* operand_names[2] = {"other", nullptr};
   static constexpr const char* parameter = "alpha";
-  static constexpr Partial partials[3] = {{}, {Factor::One, true}, {}};
+  static constexpr Derivative derivatives[3] = {{}, {Factor::One, true}, {}};
   static constexpr TorchMethod torch_method = TorchMethod::ForAnyOperands;
   static constexpr bool rounds_numbers = true;
 
@@ -75,7 +75,7 @@ struct Mul : OpDefaults {
   static constexpr int operands = 1;
   static constexpr const char* operand_names[2] = {"other", nullptr};
   static constexpr Kept kept = Kept::Input;
-  static constexpr Partial partials[3] = {{Factor::First}, {Factor::Kept}, {}};
+  static constexpr Derivative derivatives[3] = {{Factor::First}, {Factor::Kept}, {}};
   static constexpr TorchMethod torch_method = TorchMethod::ForAnyOperands;
 
   // A complex product on a CPU rounds by position as well. On a GPU torch's product with a complex number is number * input: of
@@ -96,7 +96,7 @@ struct AddMul : OpDefaults {
   static constexpr int operands = 2;
   static constexpr const char* operand_names[2] = {"other", "scale"};
   static constexpr Kept kept = Kept::InputPlusFirst;
-  static constexpr Partial partials[3] = {{Factor::Second}, {Factor::Second}, {Factor::Kept}};
+  static constexpr Derivative derivatives[3] = {{Factor::Second}, {Factor::Second}, {Factor::Kept}};
 
   template <class T>
   SI_INLINE static T result(T input, T other, T scale, T) {
@@ -110,7 +110,7 @@ struct MulAdd : OpDefaults {
   static constexpr int operands = 2;
   static constexpr const char* operand_names[2] = {"scale", "shift"};
   static constexpr Kept kept = Kept::Input;
-  static constexpr Partial partials[3] = {{Factor::First}, {Factor::Kept}, {Factor::One}};
+  static constexpr Derivative derivatives[3] = {{Factor::First}, {Factor::Kept}, {Factor::One}};
 
   template <class T>
   SI_INLINE static T result(T input, T scale, T shift, T) {
@@ -124,7 +124,7 @@ struct Addcmul : OpDefaults {
   static constexpr int operands = 2;
   static constexpr const char* operand_names[2] = {"tensor1", "tensor2"};
   static constexpr const char* parameter = "value";
-  static constexpr Partial partials[3] = {{}, {Factor::Second, true}, {Factor::First, true}};
+  static constexpr Derivative derivatives[3] = {{}, {Factor::Second, true}, {Factor::First, true}};
   static constexpr TorchMethod torch_method = TorchMethod::ForTensors;
 
   template <class T>
@@ -157,7 +157,7 @@ struct OpInfo {
   const char* operand_names[2];
   const char* parameter;
   Kept kept;
-  Partial partials[3];
+  Derivative derivatives[3];
   TorchMethod torch_method;
   bool rounds_numbers;
   LeftToTorch (*left_to_torch)(const CallFacts&);
@@ -166,7 +166,7 @@ struct OpInfo {
 template <class Op>
 constexpr OpInfo make_info() {
   return {Op::name, Op::node, Op::operands, {Op::operand_names[0], Op::operand_names[1]}, Op::parameter, Op::kept,
-          {Op::partials[0], Op::partials[1], Op::partials[2]}, Op::torch_method, Op::rounds_numbers, Op::left_to_torch};
+          {Op::derivatives[0], Op::derivatives[1], Op::derivatives[2]}, Op::torch_method, Op::rounds_numbers, Op::left_to_torch};
 }
 
 template <class List>
@@ -180,7 +180,7 @@ inline constexpr const auto& infos = InfoTable<AllOps>::rows;
 template <class Op, class... Ops>
 constexpr int index_in(OpList<Ops...>) {
   int at = 0;
-  const bool found = ((std_is_same<Op, Ops> ? true : (++at, false)) || ...);
+  const bool found = ((std::is_same_v<Op, Ops> ? true : (++at, false)) || ...);
   return found ? at : -1;
 }
 

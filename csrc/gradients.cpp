@@ -66,7 +66,7 @@ bool plan_backward(const BackwardCall& call, BackwardPlan& plan) {
     if (!place_gradient(call, i, plan, layout)) {
       return false;
     }
-    const Factor factor = op.partials[i].factor;
+    const Factor factor = op.derivatives[i].factor;
     if (factor != Factor::One && !std::exchange(placed[int(factor)], true) &&
         !place_factor(call, int(factor), plan, layout)) {
       return false;
@@ -100,15 +100,15 @@ bool run_backward(const BackwardCall& call) {
 }
 
 at::Tensor gradient_by_fallback(const BackwardCall& call, int position, const OperandShape& shape) {
-  const Partial& partial = call.info().partials[position];
+  const Derivative& derivative = call.info().derivatives[position];
   // As in the kernels: products are rounded to the operand's dtype after they are summed.
   at::Tensor gradient = call.grad.to(opmath_type(call.grad.scalar_type()));
-  if (partial.factor != Factor::One) {
-    const FactorValue& factor = call.factors[int(partial.factor)];
+  if (derivative.factor != Factor::One) {
+    const FactorValue& factor = call.factors[int(derivative.factor)];
     gradient = factor.tensor.defined() ? at::mul(gradient, factor.tensor.conj())
                                        : at::mul(gradient, factor.number.conj());
   }
-  if (partial.times_parameter && !equals(call.parameter, 1)) {
+  if (derivative.times_parameter && !equals(call.parameter, 1)) {
     gradient = at::mul(gradient, call.parameter.conj());
   }
   // Of no dimensions sum_to makes a sum, whose backward would hand on a view of what it gets.

@@ -52,7 +52,7 @@ OperandShape shape_of(const at::Tensor& tensor) {
 
 bool InplaceNode::needs(Factor factor) const {
   for (int position = 0; position <= info().operands; ++position) {
-    if (info().partials[position].factor == factor && should_compute_output(position)) {
+    if (info().derivatives[position].factor == factor && should_compute_output(position)) {
       return true;
     }
   }
@@ -113,7 +113,7 @@ at::Tensor InplaceNode::kept_with_history(const at::Tensor& kept) const {
 
 void InplaceNode::unpack(BackwardCall& call) {
   for (int position = 0; position <= info().operands; ++position) {
-    const Factor factor = info().partials[position].factor;
+    const Factor factor = info().derivatives[position].factor;
     if (factor == Factor::One || !wanted(position) || call.factors[int(factor)].tensor.defined()) {
       continue;
     }
@@ -178,14 +178,14 @@ bool InplaceNode::kernel_may_see(const BackwardCall& call) const {
 
 // A gradient that equals the incoming one is the incoming one, as in torch's own add.
 bool InplaceNode::is_grad_itself(int position, const BackwardCall& call) const {
-  const Partial& partial = info().partials[position];
-  return partial.factor == Factor::One && (!partial.times_parameter || parameter.equal(1)) &&
+  const Derivative& derivative = info().derivatives[position];
+  return derivative.factor == Factor::One && (!derivative.times_parameter || parameter.equal(1)) &&
       has_grads_layout(position, call);
 }
 
 // ... and one that equals the input's gradient is that one.
 bool InplaceNode::is_inputs(int position, const BackwardCall& call) const {
-  return position > 0 && wanted(0) && info().partials[position] == info().partials[0] && has_grads_layout(position, call);
+  return position > 0 && wanted(0) && info().derivatives[position] == info().derivatives[0] && has_grads_layout(position, call);
 }
 
 // The kept value, once the graph can be released, and the incoming gradient, unless it is handed on: where nobody else can see
@@ -212,7 +212,7 @@ void InplaceNode::choose_memory(BackwardCall& call) {
       continue;
     }
     at::Tensor& out = call.grads[position];
-    const bool reads_kept = info().partials[position].factor == Factor::Kept;
+    const bool reads_kept = info().derivatives[position].factor == Factor::Kept;
     if (!has_grads_layout(position, call)) {
       const at::ScalarType dtype = call.grad.scalar_type();
       const at::ScalarType own = shapes[position].dtype;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -19,22 +20,6 @@
 #endif
 
 namespace safe_inplace {
-
-template <class A, class B>
-inline constexpr bool std_is_same = false;
-template <class A>
-inline constexpr bool std_is_same<A, A> = true;
-
-template <bool condition, class A, class B>
-struct Conditional {
-  using type = A;
-};
-template <class A, class B>
-struct Conditional<false, A, B> {
-  using type = B;
-};
-template <bool condition, class A, class B>
-using std_conditional = typename Conditional<condition, A, B>::type;
 
 struct Half {
   uint16_t bits;
@@ -56,37 +41,37 @@ struct Type;
 template <>
 struct Type<Half> {
   static constexpr DType dtype = DType::Half;
-  using Math = float;
+  using OpMath = float;
 };
 template <>
 struct Type<BFloat16> {
   static constexpr DType dtype = DType::BFloat16;
-  using Math = float;
+  using OpMath = float;
 };
 template <>
 struct Type<float> {
   static constexpr DType dtype = DType::Float;
-  using Math = float;
+  using OpMath = float;
 };
 template <>
 struct Type<double> {
   static constexpr DType dtype = DType::Double;
-  using Math = double;
+  using OpMath = double;
 };
 template <>
 struct Type<Complex<float>> {
   static constexpr DType dtype = DType::ComplexFloat;
-  using Math = Complex<float>;
+  using OpMath = Complex<float>;
 };
 template <>
 struct Type<Complex<double>> {
   static constexpr DType dtype = DType::ComplexDouble;
-  using Math = Complex<double>;
+  using OpMath = Complex<double>;
 };
 
 // Arithmetic and accumulation are done in this type.
 template <class T>
-using Math = typename Type<T>::Math;
+using OpMath = typename Type<T>::OpMath;
 
 template <class T>
 SI_INLINE T bit_cast_to(uint32_t bits) {

@@ -36,7 +36,7 @@ struct ForwardPlan {
 
 // For every wanted operand i: grads[i] = sum over its broadcast dimensions of
 //   grad * conj(factor_i) * (times_parameter_i ? conj(parameter) : 1)
-// with partials from the op table. factors[] hold first operand, second operand, kept value, where some wanted gradient
+// with derivatives from the op table. factors[] hold first operand, second operand, kept value, where some wanted gradient
 // reads them. grads[i].data may be the memory of grad, or of factors[Kept]: then it is element-wise, in grad's dtype, and
 // every other gradient must have read an element before it is overwritten.
 // A broadcast dimension has stride 0 in grads[i].

@@ -90,7 +90,7 @@ struct BackwardPass {
   }
 
   void add_gradient(int position) {
-    const Partial& partial = infos[plan.op].partials[position];
+    const Derivative& derivative = infos[plan.op].derivatives[position];
     Gradient& gradient = gradients[count++];
     gradient.position = position;
     gradient.out = &plan.grads[position];
@@ -99,12 +99,12 @@ struct BackwardPass {
         : gradient.out->data == plan.factors[int(Factor::Kept)].data ? 1
                                                                      : 0;
     double number[2] = {1, 0};
-    if (partial.times_parameter) {
+    if (derivative.times_parameter) {
       number[0] = plan.parameter[0];
       number[1] = conjugate_sign(plan.dtype) * plan.parameter[1];
     }
-    if (partial.factor != Factor::One) {
-      gradient.factor = &plan.factors[int(partial.factor)];
+    if (derivative.factor != Factor::One) {
+      gradient.factor = &plan.factors[int(derivative.factor)];
       gradient.factor_kind = gradient.factor->data == nullptr ? kFactorOne
           : gradient.factor->dtype == plan.dtype             ? kFactorOwn
                                                              : kFactorMath;

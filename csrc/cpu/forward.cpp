@@ -108,7 +108,7 @@ struct ForwardOperand {
       load_opmath(operand.dtype, static_cast<const char*>(operand.data), constant);
       return;
     }
-    kind = operand.dtype == plan.dtype ? kOwn : kMath;
+    kind = operand.dtype == plan.dtype ? kOwn : kOpMath;
     if (walk.short_rows) {
       source = is_linear(shape, operand)             ? Memory
           : varies_only_along_rows(shape, operand) ? Periodic
@@ -120,7 +120,7 @@ struct ForwardOperand {
       source = Copied;
     } else if (repeats(shape, operand) && (walk.stack > 1 || worth_widening(shape, operand))) {
       source = Repeated;
-      kind = operand.dtype == plan.dtype && operand.dtype == math ? kOwn : kMath;
+      kind = operand.dtype == plan.dtype && operand.dtype == math ? kOwn : kOpMath;
     } else {
       source = Memory;
     }

@@ -8,7 +8,7 @@ namespace safe_inplace {
 
 // How a row function sees an operand: one contiguous element per element of the row, in the row's own dtype or in its
 // arithmetic dtype, or one value for the whole row.
-enum RowOperand { kOwn = 0, kMath = 1, kOne = 2 };
+enum RowOperand { kOwn = 0, kOpMath = 1, kOne = 2 };
 
 // input[i] = op(input[i], first[i], second[i], parameter), kept[i] = the value backward needs (kept may be null), for a
 // block of rows; strides from row to row in elements.
@@ -28,7 +28,7 @@ using ForwardRows = void (*)(const ForwardBlock&);
 // What becomes of grad * conj(factor) * multiplier: stored, or added into an accumulator of the arithmetic dtype whose
 // stride along the row is 1 (columns) or 0 (sum).
 enum RowTarget { kStoreOwn = 0, kStoreMath = 1, kAddColumns = 2, kAddSum = 3 };
-enum RowFactor { kFactorOwn = kOwn, kFactorMath = kMath, kFactorOne = kOne, kNoFactor = 3 };
+enum RowFactor { kFactorOwn = kOwn, kFactorMath = kOpMath, kFactorOne = kOne, kNoFactor = 3 };
 
 // A block that adds up columns over more than 64 rows has at most this many of them.
 constexpr int kMostNarrow = 64;

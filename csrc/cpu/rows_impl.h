@@ -1,4 +1,4 @@
-// Included by each rows_*.cpp after its target pragma, inside namespace SI_ROWS.
+// The loops over rows. Included by each rows_*.cpp after its target pragma, inside a namespace of its own.
 // No include guard: one inclusion per translation unit, each for another instruction set.
 
 // Sums are taken in this many lanes: their order is the same for all instruction sets.
@@ -173,7 +173,7 @@ SI_INLINE void write(Half* to, const Chunk<float>& from) {
 }
 
 template <class T>
-inline constexpr bool in_chunks = std_is_same<Math<T>, float>;
+inline constexpr bool in_chunks = std::is_same_v<OpMath<T>, float>;
 #else
 // Plain loops, which the compiler vectorises as far as it can.
 template <class T>
@@ -221,8 +221,8 @@ SI_INLINE void fetch_ahead(const void* from) { __builtin_prefetch(static_cast<co
 
 template <class T, int kind>
 struct Operand {
-  using M = Math<T>;
-  using S = std_conditional<kind == kOwn, T, M>;
+  using M = OpMath<T>;
+  using S = std::conditional_t<kind == kOwn, T, M>;
   const S* data;
 
   SI_INLINE explicit Operand(const void* pointer) : data(static_cast<const S*>(pointer)) {}
@@ -232,14 +232,14 @@ struct Operand {
   }
   SI_INLINE void ahead(int64_t i) const {
     if constexpr (kind == kOwn) {
-      fetch_ahead(data + i); // in kMath it may be a vector, which is in the first cache
+      fetch_ahead(data + i); // in kOpMath it may be a vector, which is in the first cache
     }
   }
 };
 
 template <class T>
 struct Operand<T, kOne> {
-  using M = Math<T>;
+  using M = OpMath<T>;
   using S = M;
   M value;
 
@@ -253,7 +253,7 @@ struct Operand<T, kOne> {
 
 template <class T>
 struct Operand<T, kNoFactor> {
-  using S = Math<T>;
+  using S = OpMath<T>;
   SI_INLINE explicit Operand(const void*) {}
   SI_INLINE void ahead(int64_t) const {}
 };
@@ -266,19 +266,19 @@ SI_INLINE void along_row(int64_t n, const Ahead& ahead, const Step& step) {
   if constexpr (in_chunks<T> && sizeof(T) == 2) {
     for (; done + 2 * kLanes <= n; done += 2 * kLanes) {
       ahead(done);
-      step(Chunk<Math<T>>{}, done);
-      step(Chunk<Math<T>>{}, done + kLanes);
+      step(Chunk<OpMath<T>>{}, done);
+      step(Chunk<OpMath<T>>{}, done + kLanes);
     }
   }
   if constexpr (in_chunks<T>) {
     for (; done + kLanes <= n; done += kLanes) {
-      step(Chunk<Math<T>>{}, done);
+      step(Chunk<OpMath<T>>{}, done);
     }
   }
   // What is written is exactly what is read, or disjoint from it, so no iteration depends on another.
 #pragma GCC ivdep
   for (int64_t i = done; i < n; ++i) {
-    step(Math<T>{}, i);
+    step(OpMath<T>{}, i);
   }
 }
 
@@ -286,7 +286,7 @@ template <class Op, class T, int first_kind, int second_kind, bool keep>
 SI_INLINE void forward_loops(const ForwardBlock& block) {
   using First = Operand<T, first_kind>;
   using Second = Operand<T, second_kind>;
-  const auto parameter = *static_cast<const Math<T>*>(block.parameter);
+  const auto parameter = *static_cast<const OpMath<T>*>(block.parameter);
   for (int64_t row = 0; row < block.rows; ++row) {
     T* const input = static_cast<T*>(block.input) + row * block.input_stride;
     T* const kept = keep ? static_cast<T*>(block.kept) + row * block.kept_stride : nullptr;
@@ -329,12 +329,12 @@ struct Terms {
   using F = Operand<T, factor_kind>;
   const T* grad;
   F factor;
-  Math<T> multiplier;
+  OpMath<T> multiplier;
 
   SI_INLINE Terms(const BackwardBlock& block, int64_t row)
       : grad(static_cast<const T*>(block.grad) + row * block.grad_stride),
         factor(static_cast<const typename F::S*>(block.factor) + row * block.factor_stride),
-        multiplier(*static_cast<const Math<T>*>(block.multiplier)) {}
+        multiplier(*static_cast<const OpMath<T>*>(block.multiplier)) {}
   template <class V>
   SI_INLINE V at(int64_t i) const {
     const V value = load<V>(grad + i);
@@ -368,7 +368,7 @@ constexpr int64_t kSumRun = 32;
 
 template <class T, int factor_kind>
 void add_columns(const BackwardBlock& block) {
-  using M = Math<T>;
+  using M = OpMath<T>;
   if (block.target_stride == 0 && block.rows > kColumnRun) {
     using S = typename Operand<T, factor_kind>::S;
     M part[kMostNarrow];
@@ -422,7 +422,7 @@ void add_columns(const BackwardBlock& block) {
 
 template <class T, int factor_kind>
 void add_sum(const BackwardBlock& block) {
-  using M = Math<T>;
+  using M = OpMath<T>;
   using V = Chunk<M>;
   M* const target = static_cast<M*>(block.target);
   M run{}, runs{};
@@ -470,7 +470,7 @@ void add_sum(const BackwardBlock& block) {
 }
 
 template <class T>
-inline constexpr bool has_math_dtype = !std_is_same<T, Math<T>>;
+inline constexpr bool has_opmath_dtype = !std::is_same_v<T, OpMath<T>>;
 
 template <class Op, class T>
 constexpr void fill_forward(RowTable& table) {
@@ -481,13 +481,13 @@ constexpr void fill_forward(RowTable& table) {
     rows[kOwn][kOwn] = forward_rows<Op, T, kOwn, kOwn>;
     rows[kOne][kOwn] = forward_rows<Op, T, kOne, kOwn>;
   }
-  if constexpr (has_math_dtype<T>) {
-    rows[kMath][kOne] = forward_rows<Op, T, kMath, kOne>;
+  if constexpr (has_opmath_dtype<T>) {
+    rows[kOpMath][kOne] = forward_rows<Op, T, kOpMath, kOne>;
     if constexpr (Op::operands == 2) {
-      rows[kMath][kOwn] = forward_rows<Op, T, kMath, kOwn>;
-      rows[kMath][kMath] = forward_rows<Op, T, kMath, kMath>;
-      rows[kOwn][kMath] = forward_rows<Op, T, kOwn, kMath>;
-      rows[kOne][kMath] = forward_rows<Op, T, kOne, kMath>;
+      rows[kOpMath][kOwn] = forward_rows<Op, T, kOpMath, kOwn>;
+      rows[kOpMath][kOpMath] = forward_rows<Op, T, kOpMath, kOpMath>;
+      rows[kOwn][kOpMath] = forward_rows<Op, T, kOwn, kOpMath>;
+      rows[kOne][kOpMath] = forward_rows<Op, T, kOne, kOpMath>;
     }
   }
 }
@@ -496,8 +496,8 @@ template <class T, int factor_kind>
 constexpr void fill_backward(RowTable& table) {
   auto& rows = table.backward[int(Type<T>::dtype)][factor_kind];
   rows[kStoreOwn] = store_rows<T, factor_kind, T>;
-  if constexpr (has_math_dtype<T>) {
-    rows[kStoreMath] = store_rows<T, factor_kind, Math<T>>;
+  if constexpr (has_opmath_dtype<T>) {
+    rows[kStoreMath] = store_rows<T, factor_kind, OpMath<T>>;
   }
   rows[kAddColumns] = add_columns<T, factor_kind>;
   rows[kAddSum] = add_sum<T, factor_kind>;
@@ -507,7 +507,7 @@ template <class T, class... Ops>
 constexpr void fill_dtype(RowTable& table, OpList<Ops...>) {
   (fill_forward<Ops, T>(table), ...);
   fill_backward<T, kFactorOwn>(table);
-  if constexpr (has_math_dtype<T>) {
+  if constexpr (has_opmath_dtype<T>) {
     fill_backward<T, kFactorMath>(table);
   }
   fill_backward<T, kFactorOne>(table);

@@ -32,7 +32,7 @@ void store_number(DType dtype, const double* number, void* out) {
 }
 
 void load_opmath(DType dtype, const char* data, void* out) {
-  with_dtype(dtype, [&]<class T>(T) { *static_cast<Math<T>*>(out) = widen(*reinterpret_cast<const T*>(data)); });
+  with_dtype(dtype, [&]<class T>(T) { *static_cast<OpMath<T>*>(out) = widen(*reinterpret_cast<const T*>(data)); });
 }
 
 const void* one_per_row(const Arg& arg, const char* from, int64_t row_stride, int64_t rows, char* buffer,

@@ -143,7 +143,7 @@ SI_INLINE void settle(const Accessor<M>& accessor, Bits<T, V, Mixed>& bits) {
 }
 
 template <class T, int V, bool Mixed>
-SI_INLINE Math<T> settled(const Bits<T, V, Mixed>& bits, int j) {
+SI_INLINE OpMath<T> settled(const Bits<T, V, Mixed>& bits, int j) {
   if constexpr (Mixed) {
     return element_of<float>(bits.words, j);
   } else {

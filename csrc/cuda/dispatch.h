@@ -44,8 +44,8 @@ void launch_elementwise(typename Kernel::Params params, int op, typename Kernel:
 }
 
 template <template <class> class Functor, class T, class Launcher>
-void dispatch_elementwise(const Problem& problem, int op, Math<T> parameter, Launcher& launcher) {
-  using M = Math<T>;
+void dispatch_elementwise(const Problem& problem, int op, OpMath<T> parameter, Launcher& launcher) {
+  using M = OpMath<T>;
   constexpr int V = kVector<T>;
   const int64_t limit = launcher.index_limit();
   // The last block counts past the end.
@@ -97,7 +97,7 @@ void dispatch_forward(const ForwardPlan& plan, Launcher& launcher) {
   if (plan.kept.data != nullptr) {
     put(Out1, plan.kept);
   }
-  dispatch_elementwise<ForwardFunctor, T>(problem, plan.op, Number<Math<T>>::from(plan.parameter), launcher);
+  dispatch_elementwise<ForwardFunctor, T>(problem, plan.op, Number<OpMath<T>>::from(plan.parameter), launcher);
 }
 
 enum class Outcome { Done, TooMuchMemory, IndexTooNarrow };
@@ -133,7 +133,7 @@ Outcome launch_reduction(const Problem& problem, const SumTargets& targets, int 
 
 // One reading of the gradient; false where two sums would need too much memory for it.
 template <class T, class Launcher>
-bool dispatch_reduction(const Problem& problem, const SumTargets& targets, int op, Math<T> parameter,
+bool dispatch_reduction(const Problem& problem, const SumTargets& targets, int op, OpMath<T> parameter,
                         Launcher& launcher) {
   constexpr int V = kVector<T>;
   Outcome outcome = Outcome::IndexTooNarrow;
@@ -169,7 +169,7 @@ inline Problem backward_problem(const BackwardPlan& plan, const bool (&now)[3]) 
     if (!now[i]) {
       continue;
     }
-    const Factor factor = infos[plan.op].partials[i].factor;
+    const Factor factor = infos[plan.op].derivatives[i].factor;
     if (factor != Factor::One) {
       const Slot slot = slot_of(factor);
       problem.args[slot] = plan.factors[int(factor)];
@@ -187,7 +187,7 @@ template <class T, class Launcher>
 void dispatch_backward(const BackwardPlan& plan, Launcher& launcher) {
   const int outs = 1 + infos[plan.op].operands;
   const auto wanted = [&](int i) { return i < outs && plan.wanted[i]; };
-  const Math<T> parameter = conjugate(Number<Math<T>>::from(plan.parameter));
+  const OpMath<T> parameter = conjugate(Number<OpMath<T>>::from(plan.parameter));
   const bool all[3] = {wanted(0), wanted(1), wanted(2)};
   if (!all[0] && !all[1] && !all[2]) {
     return;

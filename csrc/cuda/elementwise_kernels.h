@@ -23,7 +23,7 @@ namespace safe_inplace::cuda {
 template <class Functor, class T, bool Mixed, int V, class I>
 struct Elementwise {
   using Element = T;
-  using M = Math<T>;
+  using M = OpMath<T>;
   using Params = ElementwiseParams<M, I>;
   static constexpr int U = kElementwiseUnroll<T, Mixed, V>;
 
@@ -69,7 +69,7 @@ struct Elementwise {
 template <class Functor, class T>
 struct Unaligned {
   using Element = T;
-  using M = Math<T>;
+  using M = OpMath<T>;
   using Params = ElementwiseParams<M, uint32_t>;
   static constexpr bool Mixed = kMayMix<T>;
   static constexpr int V = kVector<T>;

@@ -34,8 +34,8 @@ SI_INLINE constexpr Slot slot_of(Factor factor) {
 
 template <class Op>
 constexpr bool reads_factor(Factor factor) {
-  return Op::partials[0].factor == factor || Op::partials[1].factor == factor ||
-         (Op::operands == 2 && Op::partials[2].factor == factor);
+  return Op::derivatives[0].factor == factor || Op::derivatives[1].factor == factor ||
+         (Op::operands == 2 && Op::derivatives[2].factor == factor);
 }
 
 template <class Op>
@@ -56,8 +56,8 @@ struct BackwardFunctor {
  private:
   template <int I, class M>
   SI_INLINE static M partial(M conjugate_parameter, const M (&in)[kIns]) {
-    constexpr Factor factor = Op::partials[I].factor;
-    constexpr bool times_parameter = Op::partials[I].times_parameter;
+    constexpr Factor factor = Op::derivatives[I].factor;
+    constexpr bool times_parameter = Op::derivatives[I].times_parameter;
     constexpr int slot = slot_of(factor);
     M value = in[Main];
     if constexpr (factor != Factor::One) {

@@ -11,7 +11,7 @@ namespace safe_inplace::cuda {
 // What a thread has read of one vector.
 template <class Functor, class T, bool Mixed, int V>
 struct Inputs {
-  using M = Math<T>;
+  using M = OpMath<T>;
   Bits<T, V, false> main, saved;
   Bits<T, V, Mixed> first, second;
 

@@ -201,7 +201,7 @@ void place_final(Reduction<M, I>& plan, int i, const Problem& problem, const Arg
   }
 }
 
-// Partial sums lie in rows of all results; a row for each chunk, column block and position in the outer dimensions that
+// Derivative sums lie in rows of all results; a row for each chunk, column block and position in the outer dimensions that
 // this sum runs over.
 template <class M, class I>
 void place_partials(Reduction<M, I>& plan, int i, const Shape& shape, const SumTargets& targets,
@@ -254,9 +254,9 @@ void add_up_partials(Reduction<M, I>& plan, int i, const Problem& problem, const
 }
 
 template <class T, class I>
-Reduction<Math<T>, I> plan_reduction(const Problem& problem, const SumTargets& targets, int width, int unroll,
+Reduction<OpMath<T>, I> plan_reduction(const Problem& problem, const SumTargets& targets, int width, int unroll,
                                      int64_t target_blocks) {
-  using M = Math<T>;
+  using M = OpMath<T>;
   const Shape& shape = problem.shape;
   const ReductionDims dims = sort_dims(shape, targets, width);
   const BlockShape block = shape_block(dims, unroll);

@@ -26,7 +26,7 @@ SI_INLINE void store_sum(const Sum& sum, uint64_t offset, M value) {
 template <class Functor, class T, bool Mixed, int V, class I>
 struct Reduce {
   using Element = T;
-  using M = Math<T>;
+  using M = OpMath<T>;
   using Params = ReduceParams<M, I>;
   static constexpr int U = kReduceUnroll<T, Mixed, V, I, Functor::reads_first && Functor::reads_second>;
 
@@ -221,7 +221,7 @@ struct Reduce {
 template <class T>
 struct ReducePartials {
   using Element = T;
-  using M = Math<T>;
+  using M = OpMath<T>;
   using Params = ReducePartialsParams<M>;
   static constexpr int U = kPartialsUnroll;
 

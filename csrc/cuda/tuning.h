@@ -21,7 +21,7 @@ constexpr uint32_t kLogThreads = 8;
 // Launches are cut for a device that holds about this many blocks, a few for each multiprocessor of a large one.
 constexpr int64_t kTargetBlocks = 2048;
 
-// Partial sums may take this much memory, or 1/32 of the gradient they are taken from, whichever is more.
+// Derivative sums may take this much memory, or 1/32 of the gradient they are taken from, whichever is more.
 constexpr int64_t kWorkspaceFloor = int64_t(1) << 20;
 constexpr int64_t kWorkspaceShare = 32;
 

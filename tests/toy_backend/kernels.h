@@ -31,7 +31,7 @@ M load(const Arg& arg, int64_t offset) {
   }
   M value{};
   with_dtype(arg.dtype, [&]<class T>(T) {
-    if constexpr (std_is_same<Math<T>, M>) {
+    if constexpr (std::is_same_v<OpMath<T>, M>) {
       value = widen(static_cast<const T*>(arg.data)[offset]);
     }
   });
@@ -41,7 +41,7 @@ M load(const Arg& arg, int64_t offset) {
 template <class M>
 void store(const Arg& arg, int64_t offset, M value) {
   with_dtype(arg.dtype, [&]<class T>(T) {
-    if constexpr (std_is_same<Math<T>, M>) {
+    if constexpr (std::is_same_v<OpMath<T>, M>) {
       static_cast<T*>(arg.data)[offset] = narrow<T>(value);
     }
   });
@@ -73,7 +73,7 @@ inline void backward(const BackwardPlan& plan) {
         if (!plan.wanted[i]) {
           continue;
         }
-        const auto& [factor, times_parameter] = infos[plan.op].partials[i];
+        const auto& [factor, times_parameter] = infos[plan.op].derivatives[i];
         M term = grad;
         if (factor != Factor::One) {
           const Arg& value = plan.factors[int(factor)];
