@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 TORCH_FIRST, TORCH_BEYOND = (2, 11), (2, 16)
+CORE = ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/guard/*.cpp")
 
 # Machine code for the two data-centre generations in use; the PTX of the newer one is compiled by the driver of any
 # later GPU, so that a wheel built on a machine without a GPU (where torch has no device to ask) runs on all of them.
@@ -242,7 +243,7 @@ def extensions() -> tuple[Extension, list[Extension], type, dict[str, str | None
     nvcc = [*shared, "--extended-lambda", "-lineinfo", "-Xcompiler", "-g0,-fvisibility=hidden,-fopenmp"]
     shipped = (CUDAExtension if toolkit else CppExtension)(
         "safe_inplace._C",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu", "csrc/cuda/*.cpp"] if toolkit else [])),
+        sources(*CORE, *(["csrc/cuda/*.cu", "csrc/cuda/*.cpp"] if toolkit else [])),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("SAFE_INPLACE_WITH_CUDA", None)] if toolkit else [],
         extra_compile_args={"cxx": [*cxx, *strings, *last], "nvcc": nvcc},
@@ -301,4 +302,4 @@ def build_arguments() -> dict:
 if {"build", "build_ext", "build_test_extensions", "bdist_wheel", "editable_wheel", "develop", "install"} & set(sys.argv):
     setup(license="BSD-3-Clause", **build_arguments())
 else:
-    setup(license="BSD-3-Clause", ext_modules=[Extension("safe_inplace._C", sources("csrc/*.cpp", "csrc/cpu/*.cpp"))])
+    setup(license="BSD-3-Clause", ext_modules=[Extension("safe_inplace._C", sources(*CORE))])

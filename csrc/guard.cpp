@@ -9,6 +9,7 @@ extern "C" {
 #endif
 
 #include "guard.h"
+#include "guard/watch.h"
 
 #include <algorithm>
 #include <array>
@@ -50,11 +51,11 @@ extern "C" {
 namespace safe_inplace {
 namespace {
 
-// Writes are seen by a boxed kernel for a dispatch key that torch keeps free and that a thread can switch on. A
-// TorchDispatchMode sees the same at 13 us per operator (a step that is all overhead: 3.1x); this costs 0.3 us.
-// The key comes before autograd: a hazard is refused before the operator has done anything at all.
-constexpr auto kKey = c10::DispatchKey::TESTING_ONLY_GenericMode;
-constexpr auto kPolicy = "safe_inplace.guard";
+// Torch hands it on to the threads of a backward.
+const std::string& policy_key() {
+  static const auto* key = new std::string("safe_inplace.guard");
+  return *key;
+}
 
 struct Decref {
   void operator()(PyObject* object) const {
@@ -92,22 +93,6 @@ Object checked(PyObject* owned) {
 
 // ---- what an operator writes
 
-struct OperatorFacts {
-  const c10::OperatorName* name; // kept for ever: an operator that is gone is still named
-  std::vector<size_t> written; // positions of the arguments whose memory is written
-  std::vector<size_t> filled; // written as one more result: where it is saved, backward wants it as it is after the operator
-  std::vector<size_t> relaid; // whose version rises though no byte of them changes: t_, resize_, set_
-  std::vector<size_t> unannotated; // written by the kernels, though the schema does not say so
-  std::vector<size_t> unread; // saved for a second derivative that does not read it: batch norm's statistics, in its backward
-  std::optional<size_t> only_if; // ... the last two when this boolean argument is true
-
-  explicit OperatorFacts(const c10::OperatorHandle& op);
-
-  bool writes() const {
-    return !written.empty() || !filled.empty() || !relaid.empty() || !unannotated.empty() || !unread.empty();
-  }
-};
-
 const c10::OperatorName* kept_for_ever(const c10::OperatorName& name) {
   static auto* mutex = new std::mutex();
   static auto* names = new std::unordered_set<c10::OperatorName>();
@@ -138,7 +123,9 @@ bool one_more_result(const c10::FunctionSchema& schema, const c10::Argument& arg
   });
 }
 
-OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) : name(kept_for_ever(op.operator_name())) {
+} // namespace
+
+OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) : name(kept_for_ever(op.operator_name())), writes(false) {
   const auto& schema = op.schema();
   const auto& name = this->name->name;
   // A composite operator of torch's writes through others, which are seen in their turn, or not at all: dropout_ in eval
@@ -148,6 +135,7 @@ OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) : name(kept_for_ever
   }
   if (collective_that_writes(name)) {
     written.push_back(0);
+    writes = true;
     return;
   }
   constexpr std::array<std::string_view, 9> keep_the_bytes = {
@@ -171,7 +159,10 @@ OperatorFacts::OperatorFacts(const c10::OperatorHandle& op) : name(kept_for_ever
       only_if = i;
     }
   }
+  writes = !written.empty() || !filled.empty() || !relaid.empty() || !unannotated.empty() || !unread.empty();
 }
+
+namespace {
 
 // A handle is an address, and that of an operator which is gone may be another one's tomorrow.
 std::atomic<uint64_t> operators_gone{0};
@@ -527,24 +518,25 @@ bool overlap_any(const std::vector<Extent>& a, const std::vector<Extent>& b) {
 
 // ---- the operator that is running
 
-struct Running {
+} // namespace
+
+// What an operator that writes is about to do. Taken before it runs: a kernel that takes an argument by value moves it away.
+struct Writing {
   struct Target {
     c10::VariableVersion counter;
     Extent extent;
     uint32_t version; // before the write
   };
 
-  const c10::OperatorName* op;
-  bool writes;
-  // Taken before the operator runs: a kernel that takes an argument by value moves it out of the stack.
   std::vector<Target> targets; // what it is about to overwrite
   std::vector<Extent> filled; // ... as one more result
   std::vector<Extent> statistics; // what it saves and its backward does not read
   std::vector<Object> unfinished; // saved values that it has yet to fill, and that are to be fingerprinted then
-  Running* outer;
 };
 
-thread_local Running* running = nullptr;
+constinit thread_local Running* running = nullptr;
+
+namespace {
 
 thread_local int entered = 0; // guards that this thread has entered and not left
 
@@ -553,18 +545,6 @@ thread_local int entered = 0; // guards that this thread has entered and not lef
 bool lent_thread() {
   return entered == 0 && torch::autograd::get_current_graph_task_id() == -1;
 }
-
-class RunningScope {
- public:
-  explicit RunningScope(Running& entry) {
-    running = &entry;
-  }
-  ~RunningScope() {
-    running = running->outer;
-  }
-  RunningScope(const RunningScope&) = delete;
-  RunningScope& operator=(const RunningScope&) = delete;
-};
 
 template <class F>
 void each_tensor(const c10::IValue& value, const F& visit) {
@@ -584,11 +564,23 @@ void each_tensor(const c10::IValue& value, const F& visit) {
   }
 }
 
+template <class F>
+void each_tensor(const Argument& argument, const F& visit) {
+  if (const auto* value = argument.boxed) {
+    each_tensor(*value, visit);
+  }
+  for (const at::Tensor& tensor : argument.tensors) {
+    if (tensor.defined()) {
+      visit(tensor);
+    }
+  }
+}
+
 PyObject* current_policy() { // borrowed, with the GIL
-  if (!at::impl::ThreadLocalPythonObjects::contains(kPolicy)) {
+  if (!at::impl::ThreadLocalPythonObjects::contains(policy_key())) {
     return nullptr;
   }
-  PyObject* policy = at::impl::ThreadLocalPythonObjects::get(kPolicy)->ptr(getPyInterpreter());
+  PyObject* policy = at::impl::ThreadLocalPythonObjects::get(policy_key())->ptr(getPyInterpreter());
   return policy != Py_None ? policy : nullptr;
 }
 
@@ -685,7 +677,7 @@ void each_plain(const at::Tensor& tensor, PyObject* policy, const F& visit, cons
 // The arguments of the operator that is being judged, for guard.py to look at.
 class Judging {
  public:
-  Judging(const c10::ArrayRef<c10::IValue>& arguments, const OperatorFacts& facts)
+  Judging(const c10::ArrayRef<Argument>& arguments, const OperatorFacts& facts)
       : arguments(arguments), facts(facts), outer_(current) {
     current = this;
   }
@@ -696,7 +688,7 @@ class Judging {
   Judging& operator=(const Judging&) = delete;
 
   static thread_local const Judging* current;
-  const c10::ArrayRef<c10::IValue>& arguments;
+  const c10::ArrayRef<Argument>& arguments;
   const OperatorFacts& facts;
 
  private:
@@ -709,14 +701,19 @@ enum class Change { bytes, one_more_result, unannotated_bytes, layout, none };
 
 std::vector<at::Tensor> fingerprints_of(const at::Tensor& tensor, PyObject* policy);
 
+// Nothing is saved, and what the operator does is not recorded either.
+bool nothing_to_judge() {
+  return !at::GradMode::is_enabled() && ledger().size.load(std::memory_order_relaxed) == 0;
+}
+
 // The writes of one operator: judged before it runs, and once more after it.
 class Writes {
  public:
-  explicit Writes(Running& entry) : entry_(entry) {}
+  explicit Writes(const c10::OperatorName* op) : op_(op) {}
 
-  void judge(const OperatorFacts& facts, c10::ArrayRef<c10::IValue> arguments) {
+  void judge(const OperatorFacts& facts, c10::ArrayRef<Argument> arguments) {
     const Judging judging(arguments, facts);
-    const bool trains = !facts.only_if || arguments[*facts.only_if].toBool();
+    const bool trains = !facts.only_if || arguments[*facts.only_if].is_true();
     look(facts.written, arguments, Change::bytes);
     look(facts.filled, arguments, Change::one_more_result);
     look(facts.relaid, arguments, Change::layout);
@@ -735,11 +732,15 @@ class Writes {
     judged_ = true;
   }
 
+  Writing& writing() {
+    return writing_;
+  }
+
   Writes(const Writes&) = delete;
   Writes& operator=(const Writes&) = delete;
 
   ~Writes() {
-    if (entry_.unfinished.empty() && noted_.empty()) {
+    if (writing_.unfinished.empty() && noted_.empty()) {
       return;
     }
     pybind11::gil_scoped_acquire gil;
@@ -747,14 +748,14 @@ class Writes {
       note_losses(); // it failed half way: nobody knows what it has written
     }
     noted_.clear();
-    entry_.unfinished.clear();
+    writing_.unfinished.clear();
   }
 
   // What missed every saved byte may have raised a saved value's version all the same: torch counts versions for all
   // views of one base together, and refuses such a graph in backward.
   void finish() {
-    const bool saved_inside = !entry_.targets.empty() && saved_so_far.load(std::memory_order_relaxed) != saved_before_;
-    if (!saved_inside && near_.empty() && entry_.unfinished.empty() && noted_.empty()) {
+    const bool saved_inside = !writing_.targets.empty() && saved_so_far.load(std::memory_order_relaxed) != saved_before_;
+    if (!saved_inside && near_.empty() && writing_.unfinished.empty() && noted_.empty()) {
       return;
     }
     pybind11::gil_scoped_acquire gil;
@@ -765,14 +766,14 @@ class Writes {
     }
     if (saved_inside) { // m[0].mul_(m[1])
       const Extent* last = nullptr;
-      for (const auto& target : entry_.targets) {
+      for (const auto& target : writing_.targets) {
         if (last == nullptr || last->storage != target.extent.storage) {
           after(target.extent, raise);
         }
         last = &target.extent;
       }
     }
-    for (auto& object : entry_.unfinished) {
+    for (auto& object : writing_.unfinished) {
       auto* entry = saved(object.get());
       if (!entry->released) {
         entry->fingerprints = fingerprints_of(entry->value, entry->policy.get());
@@ -788,7 +789,7 @@ class Writes {
     noted_.clear();
   }
 
-  void look(const std::vector<size_t>& positions, c10::ArrayRef<c10::IValue> arguments, Change change) {
+  void look(const std::vector<size_t>& positions, c10::ArrayRef<Argument> arguments, Change change) {
     for (const size_t position : positions) {
       each_tensor(arguments[position], [&](const at::Tensor& tensor) { look_at(tensor, change); });
     }
@@ -796,9 +797,6 @@ class Writes {
 
   void look_at(const at::Tensor& tensor, Change change) {
     const bool saves = at::GradMode::is_enabled();
-    if (!saves && ledger().size.load(std::memory_order_relaxed) == 0) {
-      return;
-    }
     std::vector<Extent> extents;
     if (plain(tensor)) {
       append_extents(extents, tensor);
@@ -811,12 +809,12 @@ class Writes {
     if (saves && change == Change::bytes) {
       const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
       for (const auto& extent : extents) {
-        entry_.targets.push_back({counter, extent, counter.enabled() ? counter.current_version() : 0});
+        writing_.targets.push_back({counter, extent, counter.enabled() ? counter.current_version() : 0});
       }
     } else if (saves && change == Change::one_more_result) {
-      entry_.filled.insert(entry_.filled.end(), extents.begin(), extents.end());
+      writing_.filled.insert(writing_.filled.end(), extents.begin(), extents.end());
     } else if (saves && change != Change::layout) {
-      entry_.statistics.insert(entry_.statistics.end(), extents.begin(), extents.end());
+      writing_.statistics.insert(writing_.statistics.end(), extents.begin(), extents.end());
     }
     if (change == Change::none) {
       return;
@@ -865,7 +863,7 @@ class Writes {
       }
     }
     if (!hits.empty()) {
-      const auto notes = ask_policy(policy, "_on_write", hits, *entry_.op, current_place(), update);
+      const auto notes = ask_policy(policy, "_on_write", hits, *op_, current_place(), update);
       each_note(hits, notes, [&](const Object& object, PyObject* note) {
         noted_.emplace_back(share(object.get()), share(note));
       });
@@ -911,7 +909,7 @@ class Writes {
       }
       if (entry->beside == nullptr) {
         if (raise == nullptr) {
-          raise = std::make_shared<const Raise>(Raise{entry_.op, current_place()});
+          raise = std::make_shared<const Raise>(Raise{op_, current_place()});
         }
         entry->beside = raise;
       }
@@ -922,14 +920,15 @@ class Writes {
   }
 
   bool inside_a_write() const {
-    const auto* outer = entry_.outer;
-    while (outer != nullptr && !outer->writes) {
+    const auto* outer = running;
+    while (outer != nullptr && outer->writing == nullptr) {
       outer = outer->outer;
     }
     return outer != nullptr;
   }
 
-  Running& entry_;
+  const c10::OperatorName* op_;
+  Writing writing_;
   const uint64_t saved_before_ = saved_so_far.load(std::memory_order_relaxed);
   std::vector<Extent> near_; // what it writes in storages that hold saved values
   std::vector<std::pair<Object, Object>> noted_; // saved values that it overwrites with the policy's leave, and its notes
@@ -939,22 +938,37 @@ class Writes {
 
 void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& known = facts_of(op);
-  const auto below = keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey);
-  Running entry{known->name, known->writes(), {}, {}, {}, {}, running};
-  if (!entry.writes) {
-    const RunningScope scope(entry);
-    op.redispatchBoxed(below, stack);
+  if (!known->writes) {
+    const RunningScope scope(known->name);
+    op.redispatchBoxed(below(keys), stack);
     return;
   }
   const auto facts = known;
-  Writes writes(entry);
-  writes.judge(*facts, torch::jit::last(*stack, op.schema().arguments().size()));
+  c10::SmallVector<Argument, 16> arguments;
+  for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+    arguments.emplace_back(value);
+  }
+  watch_write(*facts, arguments, [&] { op.redispatchBoxed(below(keys), stack); });
+}
+
+} // namespace
+
+void watch_write(const OperatorFacts& facts, c10::ArrayRef<Argument> arguments, c10::function_ref<void()> run) {
+  if (nothing_to_judge()) {
+    const RunningScope scope(facts.name);
+    run();
+    return;
+  }
+  Writes writes(facts.name);
+  writes.judge(facts, arguments);
   {
-    const RunningScope scope(entry);
-    op.redispatchBoxed(below, stack);
+    const RunningScope scope(facts.name, &writes.writing());
+    run();
   }
   writes.finish();
 }
+
+namespace {
 
 // ---- saving
 
@@ -977,14 +991,18 @@ std::vector<at::Tensor> fingerprints_of(const at::Tensor& tensor, PyObject* poli
   return fingerprints;
 }
 
-bool flag_of(PyObject* policy, const char* name) {
-  return truth(checked(PyObject_GetAttrString(policy, name)).get());
+bool verifies(PyObject* policy) {
+  static PyObject* const name = PyUnicode_InternFromString("verify");
+  return truth(checked(PyObject_GetAttr(policy, name)).get());
 }
 
 // An operator that is about to overwrite what its own autograd node saves: x.mul_(x).
 const Running* about_to_overwrite(const SavedObject* entry) {
   for (const auto* op = running; op != nullptr; op = op->outer) {
-    for (const auto& [counter, extent, version] : op->targets) {
+    if (op->writing == nullptr) {
+      continue;
+    }
+    for (const auto& [counter, extent, version] : op->writing->targets) {
       const bool still_before = !counter.enabled() || counter.current_version() == version;
       if (still_before && overlap_any({extent}, entry->extents)) {
         return op;
@@ -995,10 +1013,10 @@ const Running* about_to_overwrite(const SavedObject* entry) {
 }
 
 // One that has yet to fill what its own node saves: rrelu's noise.
-Running* about_to_fill(const SavedObject* entry) {
-  for (auto* op = running; op != nullptr; op = op->outer) {
-    if (overlap_any(op->filled, entry->extents)) {
-      return op;
+Writing* about_to_fill(const SavedObject* entry) {
+  for (const auto* op = running; op != nullptr; op = op->outer) {
+    if (op->writing != nullptr && overlap_any(op->writing->filled, entry->extents)) {
+      return op->writing;
     }
   }
   return nullptr;
@@ -1006,7 +1024,7 @@ Running* about_to_fill(const SavedObject* entry) {
 
 bool saved_by_training_batch_norm(const SavedObject* entry) {
   for (const auto* op = running; op != nullptr; op = op->outer) {
-    if (overlap_any(op->statistics, entry->extents)) {
+    if (op->writing != nullptr && overlap_any(op->writing->statistics, entry->extents)) {
       return true;
     }
   }
@@ -1104,7 +1122,7 @@ PyObject* pack(PyObject*, PyObject* argument) {
       const auto notes = ask_policy(policy, "_on_write", hit, *op->op, current_place());
       each_note(hit, notes, [&](const Object&, PyObject* note) { note_loss(entry, note); });
     }
-    if (!entry->unread && !entry->released && flag_of(policy, "verify")) {
+    if (!entry->unread && !entry->released && verifies(policy)) {
       if (auto* op = about_to_fill(entry)) {
         op->unfinished.push_back(share(object.get()));
       } else {
@@ -1367,7 +1385,7 @@ PyObject* hooks[2] = {nullptr, nullptr};
 
 void set_policy(PyObject* policy) {
   at::impl::ThreadLocalPythonObjects::set(
-      kPolicy, std::make_shared<c10::SafePyObject>(share(policy).release(), getPyInterpreter()));
+      policy_key(), std::make_shared<c10::SafePyObject>(share(policy).release(), getPyInterpreter()));
 }
 
 bool top_hooks_are_ours() {
@@ -1472,8 +1490,7 @@ PyObject* compiled_writes(PyObject*, PyObject* const* arguments, Py_ssize_t coun
     TORCH_CHECK_TYPE(THPVariable_Check(item), "guard_compiled_writes takes tensors");
     tensors.push_back(THPVariable_Unpack(item));
   }
-  Running entry{name, true, {}, {}, {}, {}, running};
-  Writes writes(entry);
+  Writes writes(name);
   writes.judge(tensors);
   const auto result = checked(PyObject_CallOneArg(arguments[1], sequence.get()));
   writes.finish();
