@@ -36,6 +36,8 @@ extern "C" {
 #include <ATen/ThreadLocalPythonObjects.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/SmallVector.h>
+#include <c10/util/flat_hash_map.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -51,9 +53,9 @@ extern "C" {
 namespace safe_inplace {
 namespace {
 
-// Torch hands it on to the threads of a backward.
+// Torch hands it on to the threads of a backward, in a copy for each node: a short name is copied without an allocation.
 const std::string& policy_key() {
-  static const auto* key = new std::string("safe_inplace.guard");
+  static const auto* key = new std::string("safe_inplace");
   return *key;
 }
 
@@ -225,6 +227,8 @@ struct Place {
   Object module; // a weak reference: the module may hold what holds this
 };
 
+using SharedPlace = std::shared_ptr<const Place>;
+
 PyObject* whose_code = nullptr; // Python: code object -> 0 a library's, 1 an installed package's, 2 the user's own
 PyObject* module_call = nullptr; // the code object of Module.__call__
 
@@ -262,7 +266,7 @@ Object module_of(PyFrameObject* frame) {
   return reference;
 }
 
-Place current_place() {
+Place find_place() {
   Place place;
   bool found = false;
   bool called = false; // from an installed package: its caller is wanted, too
@@ -292,10 +296,12 @@ Place current_place() {
 
 // ---- what is saved
 
+using Extents = c10::SmallVector<Extent, 1>; // of a tensor: most have one
+
 // An operator that raised the version of saved values whose bytes it left alone.
 struct Raise {
   const c10::OperatorName* op;
-  Place place;
+  SharedPlace place;
 };
 
 struct SavedObject {
@@ -305,10 +311,9 @@ struct SavedObject {
   // of the node that saves it, of which torch keeps an alias as well.
   c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> original;
   bool had_node;
-  std::vector<Extent> extents;
+  Extents extents;
   std::vector<c10::Storage> storages; // of a subclass's parts, so that the extents name memory that is there
   std::vector<at::Tensor> fingerprints;
-  uint64_t number; // how many were saved before it
   uint32_t version;
   bool versioned;
   bool parameter; // a leaf that requires grad, an nn.Parameter that does not, or a view of one
@@ -325,7 +330,7 @@ struct SavedObject {
   bool away; // its storage gave the memory back, and the value with it
   bool refilled; // ... and something has been written there since
   const c10::OperatorName* op;
-  Place place;
+  SharedPlace place;
   Object policy;
   Object note; // what became of it, for guard.py
 };
@@ -365,7 +370,7 @@ int64_t bytes_of(const c10::StorageImpl* storage) {
 // its storage, so a key stays true while it is here.
 struct Ledger {
   std::mutex mutex;
-  std::unordered_map<const c10::StorageImpl*, std::vector<SavedObject*>> by_storage;
+  ska::flat_hash_map<const c10::StorageImpl*, c10::SmallVector<SavedObject*, 3>> by_storage;
   std::multimap<const char*, const c10::StorageImpl*> borrowed_at;
   std::atomic<size_t> size{0};
 
@@ -389,9 +394,9 @@ struct Ledger {
         continue;
       }
       auto& entries = found->second;
-      const auto last = std::find(entries.rbegin(), entries.rend(), entry);
-      if (last != entries.rend()) {
-        entries.erase(std::next(last).base());
+      auto* place = std::find(entries.begin(), entries.end(), entry);
+      if (place != entries.end()) {
+        entries.erase(place);
         size.fetch_sub(1, std::memory_order_relaxed);
       }
       if (entries.empty()) {
@@ -429,7 +434,7 @@ struct Ledger {
     }
   }
 
-  bool has_near(const std::vector<Extent>& extents) {
+  bool has_near(c10::ArrayRef<Extent> extents) {
     const std::lock_guard<std::mutex> lock(mutex);
     bool any = false;
     for (const auto& extent : extents) {
@@ -493,7 +498,7 @@ void each_part(const at::Tensor& tensor, const F& visit) {
   }
 }
 
-void append_extents(std::vector<Extent>& extents, const at::Tensor& tensor) {
+void append_extents(Extents& extents, const at::Tensor& tensor) {
   each_part(tensor, [&](const at::Tensor& part) {
     if (auto extent = extent_of(part)) {
       extents.push_back(std::move(*extent));
@@ -502,7 +507,7 @@ void append_extents(std::vector<Extent>& extents, const at::Tensor& tensor) {
 }
 
 // Where it lies now.
-std::vector<Extent> extents_now(const SavedObject* entry) {
+Extents extents_now(const SavedObject* entry) {
   auto extents = entry->extents;
   for (auto& extent : extents) {
     extent.base = static_cast<const char*>(extent.storage->data());
@@ -510,7 +515,7 @@ std::vector<Extent> extents_now(const SavedObject* entry) {
   return extents;
 }
 
-bool overlap_any(const std::vector<Extent>& a, const std::vector<Extent>& b) {
+bool overlap_any(c10::ArrayRef<Extent> a, c10::ArrayRef<Extent> b) {
   return std::any_of(a.begin(), a.end(), [&](const Extent& x) {
     return std::any_of(b.begin(), b.end(), [&](const Extent& y) { return overlap(x, y); });
   });
@@ -537,6 +542,34 @@ struct Writing {
 constinit thread_local Running* running = nullptr;
 
 namespace {
+
+// The place where the operator that runs innermost was called: looked up once for all that it saves.
+struct LastPlace {
+  const Running* within = nullptr;
+  PyFrameObject* frame = nullptr; // compared, never used: while the operator runs, the frame that called it is there
+  int instruction = -1;
+  std::weak_ptr<const Place> place; // dies without the GIL
+};
+
+thread_local LastPlace last_place;
+
+SharedPlace current_place() {
+  if (running == nullptr) {
+    return std::make_shared<const Place>(find_place());
+  }
+  PyFrameObject* frame = PyThreadState_GetFrame(PyThreadState_Get());
+  const int instruction = frame != nullptr ? PyFrame_GetLasti(frame) : -1;
+  Py_XDECREF(frame);
+  auto& last = last_place;
+  const bool same = running->placed && last.within == running && last.frame == frame && last.instruction == instruction;
+  auto place = same ? last.place.lock() : nullptr;
+  if (place == nullptr) {
+    place = std::make_shared<const Place>(find_place());
+    last = {running, frame, instruction, place};
+    running->placed = true;
+  }
+  return place;
+}
 
 thread_local int entered = 0; // guards that this thread has entered and not left
 
@@ -797,7 +830,7 @@ class Writes {
 
   void look_at(const at::Tensor& tensor, Change change) {
     const bool saves = at::GradMode::is_enabled();
-    std::vector<Extent> extents;
+    Extents extents;
     if (plain(tensor)) {
       append_extents(extents, tensor);
     } else {
@@ -827,7 +860,7 @@ class Writes {
     }
   }
 
-  void compare(const std::vector<Extent>& extents, Change change, bool update) {
+  void compare(c10::ArrayRef<Extent> extents, Change change, bool update) {
     PyObject* policy = current_policy();
     if (policy == nullptr || lent_thread()) {
       return;
@@ -844,7 +877,7 @@ class Writes {
         return;
       }
       const bool same_storage = entry->extents.size() == 1 && entry->extents[0].storage == written.storage;
-      const bool hit = same_storage ? overlap(written, entry->extents[0]) : overlap_any({written}, extents_now(entry));
+      const bool hit = same_storage ? overlap(written, entry->extents[0]) : overlap_any(written, extents_now(entry));
       const auto is_it = [entry](const Object& one) { return saved(one.get()) == entry; };
       if (hit && std::none_of(hits.begin(), hits.end(), is_it)) {
         hits.push_back(share(reinterpret_cast<PyObject*>(entry)));
@@ -852,7 +885,7 @@ class Writes {
     };
     for (const auto& extent : extents) {
       bool any = false;
-      ledger().each_near(extent, [&](const std::vector<SavedObject*>& entries) {
+      ledger().each_near(extent, [&](c10::ArrayRef<SavedObject*> entries) {
         any = true;
         for (auto* entry : entries) {
           consider(entry, extent);
@@ -863,7 +896,7 @@ class Writes {
       }
     }
     if (!hits.empty()) {
-      const auto notes = ask_policy(policy, "_on_write", hits, *op_, current_place(), update);
+      const auto notes = ask_policy(policy, "_on_write", hits, *op_, *current_place(), update);
       each_note(hits, notes, [&](const Object& object, PyObject* note) {
         noted_.emplace_back(share(object.get()), share(note));
       });
@@ -885,11 +918,22 @@ class Writes {
     }
   }
 
+  static bool unseen_raise(const SavedObject* entry) {
+    return entry->versioned && !entry->released && !entry->unaccounted && version_of(entry->value) != entry->accounted;
+  }
+
   // After the write.
   void after(const Extent& written, std::shared_ptr<const Raise>& raise) {
-    const auto found = ledger().by_storage.find(written.storage);
+    auto found = ledger().by_storage.find(written.storage);
     if (found == ledger().by_storage.end()) {
       return;
+    }
+    if (raise == nullptr && std::any_of(found->second.begin(), found->second.end(), unseen_raise)) {
+      raise = std::make_shared<const Raise>(Raise{op_, current_place()});
+      found = ledger().by_storage.find(written.storage); // Python may have run
+      if (found == ledger().by_storage.end()) {
+        return;
+      }
     }
     const bool nested = inside_a_write();
     for (auto* entry : found->second) {
@@ -900,21 +944,14 @@ class Writes {
         };
         entry->refilled |= stale(entry) || std::all_of(entry->extents.begin(), entry->extents.end(), covered);
       }
-      if (!entry->versioned || entry->released || entry->unaccounted) {
-        continue;
-      }
-      const auto now = version_of(entry->value);
-      if (now == entry->accounted) {
+      if (raise == nullptr || !unseen_raise(entry)) {
         continue;
       }
       if (entry->beside == nullptr) {
-        if (raise == nullptr) {
-          raise = std::make_shared<const Raise>(Raise{op_, current_place()});
-        }
         entry->beside = raise;
       }
       if (!entry->away) {
-        entry->accounted = now;
+        entry->accounted = version_of(entry->value);
       }
     }
   }
@@ -1004,7 +1041,7 @@ const Running* about_to_overwrite(const SavedObject* entry) {
     }
     for (const auto& [counter, extent, version] : op->writing->targets) {
       const bool still_before = !counter.enabled() || counter.current_version() == version;
-      if (still_before && overlap_any({extent}, entry->extents)) {
+      if (still_before && overlap_any(extent, entry->extents)) {
         return op;
       }
     }
@@ -1038,8 +1075,9 @@ PyTypeObject* parameter_type = nullptr; // torch.nn.Parameter
 bool lies_in_a_leaf(const at::TensorBase& tensor) {
   const auto* node = tensor.grad_fn().get();
   for (int hops = 0; node != nullptr && hops < 8; ++hops) {
-    if (const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(node)) {
-      return tensor.has_storage() && leaf->variable.has_storage() && tensor.is_alias_of(leaf->variable);
+    if (node->num_outputs() == 0) {
+      const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(node);
+      return leaf != nullptr && tensor.has_storage() && leaf->variable.has_storage() && tensor.is_alias_of(leaf->variable);
     }
     node = node->num_outputs() == 1 ? node->next_edge(0).function.get() : nullptr;
   }
@@ -1058,83 +1096,88 @@ bool has_node(const c10::TensorImpl* impl) {
   return meta != nullptr && meta->grad_fn_ != nullptr;
 }
 
-bool is_parameter(const at::Tensor& tensor) {
-  const auto& base = tensor.is_view() ? tensor._base() : tensor;
+bool is_parameter(const at::Tensor& tensor, PyObject* object) {
+  const bool view = tensor.is_view();
+  const auto& base = view ? tensor._base() : tensor;
   if (!base.is_leaf()) {
     return lies_in_a_leaf(base);
   }
   if (base.requires_grad()) {
     return true;
   }
-  const auto wrapped = checked(THPVariable_Wrap(base));
+  const auto wrapped = view ? checked(THPVariable_Wrap(base)) : share(object);
   return PyType_IsSubtype(Py_TYPE(wrapped.get()), parameter_type) != 0;
 }
 
+// Without HANDLE_TH_ERRORS, here and in unpack: it would gather warnings, which whatever runs this does as well.
 PyObject* pack(PyObject*, PyObject* argument) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(THPVariable_Check(argument), "guard_pack takes a tensor");
-  const auto& tensor = THPVariable_Unpack(argument);
-  PyObject* policy = current_policy();
-  auto object = checked(saved_type->tp_alloc(saved_type, 0));
-  auto* entry = saved(object.get());
-  new (&entry->value) at::Tensor();
-  new (&entry->original) decltype(entry->original)(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>());
-  new (&entry->extents) std::vector<Extent>();
-  new (&entry->storages) std::vector<c10::Storage>();
-  new (&entry->fingerprints) std::vector<at::Tensor>();
-  new (&entry->beside) std::shared_ptr<const Raise>();
-  new (&entry->place) Place();
-  new (&entry->policy) Object(share(policy));
-  new (&entry->note) Object();
-  entry->value = plain(tensor) ? tensor.tensor_data() : tensor.detach();
-  const bool is_plain = plain(tensor);
-  each_plain(tensor, policy, [&](const at::Tensor& one) {
-    append_extents(entry->extents, one);
-    if (!is_plain) {
-      each_part(one, [&](const at::Tensor& part) {
-        if (part.has_storage()) {
-          entry->storages.push_back(part.storage());
+  try {
+    TORCH_CHECK_TYPE(THPVariable_Check(argument), "guard_pack takes a tensor");
+    const auto& tensor = THPVariable_Unpack(argument);
+    PyObject* policy = current_policy();
+    auto object = checked(saved_type->tp_alloc(saved_type, 0));
+    auto* entry = saved(object.get());
+    new (&entry->value) at::Tensor();
+    new (&entry->original) decltype(entry->original)(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>());
+    new (&entry->extents) Extents();
+    new (&entry->storages) std::vector<c10::Storage>();
+    new (&entry->fingerprints) std::vector<at::Tensor>();
+    new (&entry->beside) std::shared_ptr<const Raise>();
+    new (&entry->place) SharedPlace();
+    new (&entry->policy) Object(share(policy));
+    new (&entry->note) Object();
+    const bool is_plain = plain(tensor);
+    entry->value = is_plain ? tensor.tensor_data() : tensor.detach();
+    each_plain(tensor, policy, [&](const at::Tensor& one) {
+      append_extents(entry->extents, one);
+      if (!is_plain) {
+        each_part(one, [&](const at::Tensor& part) {
+          if (part.has_storage()) {
+            entry->storages.push_back(part.storage());
+          }
+        });
+      }
+    });
+    entry->had_node = has_node(tensor.unsafeGetTensorImpl());
+    entry->result = is_result(tensor);
+    if (is_plain && !entry->result) {
+      entry->original = decltype(entry->original)(tensor.getIntrusivePtr());
+    }
+    const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
+    saved_so_far.fetch_add(1, std::memory_order_relaxed);
+    entry->versioned = counter.enabled();
+    entry->version = entry->versioned ? counter.current_version() : 0;
+    entry->accounted = entry->version;
+    entry->parameter = is_parameter(tensor, argument);
+    entry->leaf = entry->parameter || tensor.is_leaf();
+    if (running != nullptr) {
+      entry->op = running->op;
+      entry->unread = saved_by_training_batch_norm(entry);
+    }
+    entry->place = current_place();
+    if (policy != nullptr) {
+      if (const auto* op = about_to_overwrite(entry)) {
+        std::vector<Object> hit;
+        hit.push_back(share(object.get()));
+        const auto notes = ask_policy(policy, "_on_write", hit, *op->op, *current_place());
+        each_note(hit, notes, [&](const Object&, PyObject* note) { note_loss(entry, note); });
+      }
+      if (!entry->unread && !entry->released && verifies(policy)) {
+        if (auto* op = about_to_fill(entry)) {
+          op->unfinished.push_back(share(object.get()));
+        } else {
+          entry->fingerprints = fingerprints_of(entry->value, policy);
         }
-      });
-    }
-  });
-  entry->had_node = has_node(tensor.unsafeGetTensorImpl());
-  entry->result = is_result(tensor);
-  if (is_plain && !entry->result) {
-    entry->original = decltype(entry->original)(tensor.getIntrusivePtr());
-  }
-  const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
-  entry->number = saved_so_far.fetch_add(1, std::memory_order_relaxed);
-  entry->versioned = counter.enabled();
-  entry->version = entry->versioned ? counter.current_version() : 0;
-  entry->accounted = entry->version;
-  entry->parameter = is_parameter(tensor);
-  entry->leaf = entry->parameter || tensor.is_leaf();
-  if (running != nullptr) {
-    entry->op = running->op;
-    entry->unread = saved_by_training_batch_norm(entry);
-  }
-  entry->place = current_place();
-  if (policy != nullptr) {
-    if (const auto* op = about_to_overwrite(entry)) {
-      std::vector<Object> hit;
-      hit.push_back(share(object.get()));
-      const auto notes = ask_policy(policy, "_on_write", hit, *op->op, current_place());
-      each_note(hit, notes, [&](const Object&, PyObject* note) { note_loss(entry, note); });
-    }
-    if (!entry->unread && !entry->released && verifies(policy)) {
-      if (auto* op = about_to_fill(entry)) {
-        op->unfinished.push_back(share(object.get()));
-      } else {
-        entry->fingerprints = fingerprints_of(entry->value, policy);
       }
     }
+    if (!entry->released && !entry->extents.empty()) {
+      ledger().add(entry);
+    }
+    return object.release();
+  } catch (const std::exception&) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
   }
-  if (!entry->released && !entry->extents.empty()) {
-    ledger().add(entry);
-  }
-  return object.release();
-  END_HANDLE_TH_ERRORS
 }
 
 // The tensor that torch alone would hand to backward lies in other memory now, or sees it otherwise.
@@ -1150,59 +1193,62 @@ bool exchanged(const SavedObject* entry, const c10::TensorImpl* original) {
 }
 
 PyObject* unpack(PyObject*, PyObject* argument) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(Py_TYPE(argument) == saved_type, "guard_unpack takes what guard_pack returned");
-  auto* entry = saved(argument);
-  PyObject* policy = entry->policy.get();
-  entry->unpacked_by = torch::autograd::get_current_node().get();
-  if (const at::Tensor original(entry->original.lock()); original.defined() && !entry->lost) {
-    TORCH_CHECK(
-        !entry->had_node || has_node(original.unsafeGetTensorImpl()),
-        "Trying to use a saved tensor that has been detached in-place, i.e. with .detach_(). This is not supported, please "
-        "use out-of-place `.detach()` instead");
-    if (!seen_beside(entry) && exchanged(entry, original.unsafeGetTensorImpl())) {
-      const auto now = original.tensor_data();
-      entry->unpacked += entry->unpacked_by != nullptr;
-      if (policy == nullptr) {
-        return THPVariable_Wrap(now);
+  try {
+    TORCH_CHECK_TYPE(Py_TYPE(argument) == saved_type, "guard_unpack takes what guard_pack returned");
+    auto* entry = saved(argument);
+    PyObject* policy = entry->policy.get();
+    entry->unpacked_by = torch::autograd::get_current_node().get();
+    if (const at::Tensor original(entry->original.lock()); original.defined() && !entry->lost) {
+      TORCH_CHECK(
+          !entry->had_node || has_node(original.unsafeGetTensorImpl()),
+          "Trying to use a saved tensor that has been detached in-place, i.e. with .detach_(). This is not supported, please "
+          "use out-of-place `.detach()` instead");
+      if (!seen_beside(entry) && exchanged(entry, original.unsafeGetTensorImpl())) {
+        const auto now = original.tensor_data();
+        entry->unpacked += entry->unpacked_by != nullptr;
+        if (policy == nullptr) {
+          return THPVariable_Wrap(now);
+        }
+        const auto here = checked(THPVariable_Wrap(now));
+        return checked(PyObject_CallMethod(policy, "_on_exchange", "OO", argument, here.get())).release();
       }
-      const auto here = checked(THPVariable_Wrap(now));
-      return checked(PyObject_CallMethod(policy, "_on_exchange", "OO", argument, here.get())).release();
-    }
-  }
-  if (stale(entry) || entry->lost) {
-    TORCH_CHECK(
-        policy != nullptr,
-        "one of the variables needed for gradient computation has been modified by an inplace operation: it is at "
-        "version ", version_of(entry->value), "; expected version ", entry->version, " instead");
-    if (seen_beside(entry) && !entry->note) {
-      std::vector<Object> one;
-      one.push_back(share(argument));
-      ask_policy(policy, "_on_version", one, *entry->beside->op, entry->beside->place);
     }
     if (stale(entry) || entry->lost) {
-      checked(PyObject_CallMethod(policy, "_on_stale", "O", argument));
-    }
-  }
-  if (!entry->fingerprints.empty()) {
-    const auto now = fingerprints_of(entry->value, policy);
-    for (size_t i = 0; i < now.size(); ++i) {
-      if (!now[i].defined() || !entry->fingerprints[i].defined()) {
-        continue;
+      TORCH_CHECK(
+          policy != nullptr,
+          "one of the variables needed for gradient computation has been modified by an inplace operation: it is at "
+          "version ", version_of(entry->value), "; expected version ", entry->version, " instead");
+      if (seen_beside(entry) && !entry->note) {
+        std::vector<Object> one;
+        one.push_back(share(argument));
+        ask_policy(policy, "_on_version", one, *entry->beside->op, *entry->beside->place);
       }
-      const auto then = checked(THPVariable_Wrap(entry->fingerprints[i]));
-      if (!now[i].is_cpu()) {
-        const auto here = checked(THPVariable_Wrap(now[i]));
-        checked(PyObject_CallMethod(policy, "_compare", "OOO", argument, then.get(), here.get()));
-      } else if (now[i].const_data_ptr<int64_t>()[0] != entry->fingerprints[i].const_data_ptr<int64_t>()[0]) {
-        checked(PyObject_CallMethod(policy, "_on_mismatch", "O", argument));
-        break;
+      if (stale(entry) || entry->lost) {
+        checked(PyObject_CallMethod(policy, "_on_stale", "O", argument));
       }
     }
+    if (!entry->fingerprints.empty()) {
+      const auto now = fingerprints_of(entry->value, policy);
+      for (size_t i = 0; i < now.size(); ++i) {
+        if (!now[i].defined() || !entry->fingerprints[i].defined()) {
+          continue;
+        }
+        const auto then = checked(THPVariable_Wrap(entry->fingerprints[i]));
+        if (!now[i].is_cpu()) {
+          const auto here = checked(THPVariable_Wrap(now[i]));
+          checked(PyObject_CallMethod(policy, "_compare", "OOO", argument, then.get(), here.get()));
+        } else if (now[i].const_data_ptr<int64_t>()[0] != entry->fingerprints[i].const_data_ptr<int64_t>()[0]) {
+          checked(PyObject_CallMethod(policy, "_on_mismatch", "O", argument));
+          break;
+        }
+      }
+    }
+    entry->unpacked += entry->unpacked_by != nullptr; // grad_fn._saved_self is no backward
+    return THPVariable_Wrap(entry->value);
+  } catch (const std::exception&) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
   }
-  entry->unpacked += entry->unpacked_by != nullptr; // grad_fn._saved_self is no backward
-  return THPVariable_Wrap(entry->value);
-  END_HANDLE_TH_ERRORS
 }
 
 // ---- the type Saved
@@ -1212,11 +1258,11 @@ void saved_dealloc(PyObject* object) {
   ledger().remove(entry);
   entry->note.~Object();
   entry->policy.~Object();
-  entry->place.~Place();
+  entry->place.~shared_ptr();
   entry->beside.~shared_ptr();
   entry->fingerprints.~vector();
   entry->storages.~vector();
-  entry->extents.~vector();
+  entry->extents.~Extents();
   entry->original.~weak_intrusive_ptr();
   entry->value.~Tensor();
   PyTypeObject* type = Py_TYPE(object);
@@ -1278,7 +1324,7 @@ PyObject* saved_get_op(PyObject* self, void*) {
 
 PyObject* saved_get_place(PyObject* self, void*) {
   HANDLE_TH_ERRORS
-  return place_objects(saved(self)->place).release();
+  return place_objects(*saved(self)->place).release();
   END_HANDLE_TH_ERRORS
 }
 
@@ -1288,7 +1334,7 @@ PyObject* saved_get_beside(PyObject* self, void*) {
   if (raise == nullptr) {
     Py_RETURN_NONE;
   }
-  return checked(PyTuple_Pack(2, operator_name(*raise->op).get(), place_objects(raise->place).get())).release();
+  return checked(PyTuple_Pack(2, operator_name(*raise->op).get(), place_objects(*raise->place).get())).release();
   END_HANDLE_TH_ERRORS
 }
 

@@ -15,7 +15,7 @@ from . import _C
 _parents: weakref.WeakKeyDictionary[Module, list[tuple[weakref.ref[Module], str]]] = weakref.WeakKeyDictionary()
 
 
-def live_modules() -> list[Module]:
+def _live_modules() -> list[Module]:
     """All modules that there are: nothing in a module, or in its tensors, says who holds it."""
     classes: set[type] = set()
     subclasses: list[type] = [Module]
@@ -30,7 +30,7 @@ def live_modules() -> list[Module]:
 
 def _look() -> None:
     _parents.clear()
-    modules = live_modules()
+    modules = _live_modules()
     for module in modules:
         _parents.setdefault(module, [])
     for module in modules:
@@ -66,6 +66,26 @@ def module_in_words(module: Module) -> str:
         words += f"({module.extra_repr()})"
     path = _path(module)
     return f"{path}: {words}" if path else words
+
+
+def is_of_a_module(value: torch.Tensor) -> bool:
+    """Whether it lies in a buffer or a parameter of some module. Those that are known are asked first, then all there are."""
+    if value.layout != torch.strided or type(value) is not torch.Tensor:
+        return False
+    memory = value.untyped_storage().data_ptr()
+    for again in (False, True):
+        if again:
+            _look()
+        if any(
+            type(state) in (torch.Tensor, torch.nn.Parameter)
+            and state.layout == torch.strided
+            and state.untyped_storage().data_ptr() == memory
+            for module in list(_parents)
+            for kind in ("_buffers", "_parameters")
+            for state in module.__dict__.get(kind, {}).values()
+        ):
+            return True
+    return False
 
 
 def _same_memory(parameter: Any, value: torch.Tensor) -> bool:

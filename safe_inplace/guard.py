@@ -29,7 +29,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _C
-from ._modules import live_modules, module_in_words, parameter_name
+from ._modules import is_of_a_module, module_in_words, parameter_name
 from ._rewrite import Rewritten, out_of_place
 
 __all__ = ["HazardError", "HazardWarning", "Site", "guard"]
@@ -691,24 +691,9 @@ def _may_be_for_good(entry: _C.Saved, note: _Note, update: bool) -> bool:
         return False
     hazard = note[1]
     if hazard.of_a_module is None:
-        hazard.of_a_module = _is_of_a_module(entry.value)
+        # Nothing in such a tensor tells, so the modules are asked: once for two lines.
+        hazard.of_a_module = is_of_a_module(entry.value)
     return hazard.of_a_module
-
-
-def _is_of_a_module(value: torch.Tensor) -> bool:
-    """Whether it lies in a buffer of some module, or in a frozen parameter that a backward saved once more. Nothing in such
-    a tensor tells, so all modules are asked, once for two lines."""
-    if value.layout != torch.strided or type(value) is not torch.Tensor:
-        return False
-    memory = value.untyped_storage().data_ptr()
-    return any(
-        type(state) in (torch.Tensor, torch.nn.Parameter)
-        and state.layout == torch.strided
-        and state.untyped_storage().data_ptr() == memory
-        for module in live_modules()
-        for kind in ("_buffers", "_parameters")
-        for state in module.__dict__.get(kind, {}).values()
-    )
 
 
 def _late(watch: guard, saved: _C.Saved) -> _Note:

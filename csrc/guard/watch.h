@@ -67,6 +67,7 @@ struct Running {
   const c10::OperatorName* op;
   Writing* writing; // null where it writes nothing
   Running* outer;
+  bool placed = false; // its place in the program was looked up
 };
 
 extern constinit thread_local Running* running;

@@ -2,11 +2,14 @@
 there again, and a tensor that was given other memory is named."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -295,6 +298,44 @@ def test_detach_inplace_is_refused_as_torch_does(mode):
     for context in (contextlib.nullcontext(), guard(mode)):
         with context, pytest.raises(RuntimeError, match="detached in-place"):
             run()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", ["raise", "warn", "copy", "defer"])
+def test_a_saved_tensor_is_not_swapped_as_in_torch(mode, grad):
+    """Its memory would belong to the other one, while the graph goes on reading it."""
+    for watched in (contextlib.nullcontext(), guard(mode)):
+        x, other = (torch.full((3,), value, requires_grad=grad) for value in (2.0, 5.0))
+        with watched:
+            y = (leaf(3) * x).sum()
+            with pytest.raises(RuntimeError):
+                torch.utils.swap_tensors(x, other)
+            assert x[0] == 2 and other[0] == 5
+            del y
+
+
+@pytest.mark.parametrize("mode", ["warn", "copy", "defer"])
+def test_a_graph_that_is_collected_while_a_write_to_its_value_is_judged(mode, monkeypatch):
+    judge = guard._note
+
+    def collecting(*arguments):
+        note = judge(*arguments)
+        gc.collect()
+        assert graph() is None
+        return note
+
+    monkeypatch.setattr(guard, "_note", collecting)
+    gc.collect()
+    before = _C.guard_live()
+    with guard(mode) as watched, warnings.catch_warnings(record=True):
+        h = leaf(3) * 2
+        cycle = [(h * h).sum()]
+        cycle.append(cycle)
+        graph = weakref.ref(cycle[0])
+        del cycle
+        assert _C.guard_live() == before + 2
+        h.mul_(3)
+        assert _C.guard_live() == before and watched.hazards_seen == (mode != "defer")
 
 
 def test_a_graph_without_its_tensors():
