@@ -21,7 +21,10 @@ MAX_JOBS ?= $(shell nproc)
 ARGS ?=
 export MAX_JOBS
 
-SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# As pyproject.toml says: >=3.a,<3.b.
+PYTHONS := $(shell sed -nE 's/^requires-python = "(.*)"$$/\1/p' pyproject.toml)
+SUPPORTED := import re, sys; first, beyond = map(int, re.findall(r"3\.(\d+)", "$(PYTHONS)")); \
+	sys.exit(not (3, first) <= sys.version_info[:2] < (3, beyond))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(SUPPORTED)' 2>/dev/null && echo "$$p" && break; done)
 
@@ -111,8 +114,8 @@ clean:
 	@rm -rf build dist *.egg-info safe_inplace/_C*.so tests/*/_*.so $(NOTE)
 
 $(VENV)/.python:
-	@test -n '$(PYTHON)' || { echo 'Python 3.11, 3.12 or 3.13 is needed, and none is on PATH; install one, or name it: PYTHON=...'; exit 1; }
-	@'$(PYTHON)' -c '$(SUPPORTED)' || { echo '$(PYTHON) is not Python 3.11, 3.12 or 3.13; name one: PYTHON=...'; exit 1; }
+	@test -n '$(PYTHON)' || { echo 'Python $(PYTHONS) is needed, and none is on PATH; install one, or name it: PYTHON=...'; exit 1; }
+	@'$(PYTHON)' -c '$(SUPPORTED)' || { echo '$(PYTHON) is not Python $(PYTHONS); name one: PYTHON=...'; exit 1; }
 	$(call say,virtual environment $(VENV) with $(shell $(PYTHON) --version))
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@

@@ -8,13 +8,16 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 from typing import NoReturn
 
+from packaging.requirements import Requirement
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-TORCH_FIRST, TORCH_BEYOND = (2, 11), (2, 16)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+(TORCH,) = (required for required in map(Requirement, PROJECT["dependencies"]) if required.name == "torch")
 CORE = ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/guard/*.cpp")
 
 # Machine code for the two data-centre generations in use; the PTX of the newer one is compiled by the driver of any
@@ -42,15 +45,11 @@ def import_torch():
                 raise
             stop(
                 "torch is not installed where the build runs",
-                "the extension is compiled for the torch that will run it: pip install 'torch>=2.11,<2.16' and then "
+                f"the extension is compiled for the torch that will run it: pip install '{TORCH}' and then "
                 "pip install --no-build-isolation .",
             )
-    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if not TORCH_FIRST <= found < TORCH_BEYOND:
-        stop(
-            f"torch {torch.__version__} is outside the supported range 2.11 to 2.15",
-            "pip install 'torch>=2.11,<2.16'",
-        )
+    if not TORCH.specifier.contains(torch.__version__, prereleases=True):
+        stop(f"torch {torch.__version__} is not supported", f"pip install '{TORCH}'")
     return torch
 
 
