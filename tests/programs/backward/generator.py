@@ -132,14 +132,22 @@ class Generator(engine.Generator):
         chosen = {self.trained(), self.trained(), self.pick(lambda v: v.requires_grad)}
         return tuple(sorted(var for var in chosen if var is not None))
 
+    def given(self, found):
+        """Nobody writes it from now on: who keeps a gradient that was handed on as it came would see that."""
+        base = self.known[found].viewed or found
+        for var, v in self.known.items():
+            if base in (var, v.viewed):
+                v.writable = False
+        return found
+
     def gradient(self, source):
         shape = self.known[source].shape
         if self.rng.random() < 0.5:
             found = self.pick(lambda v: v.shape == shape and not v.writable and not v.requires_grad)
             if found is not None:
-                return found
+                return self.given(found)
         if self.rng.random() < 0.1:
             found = self.pick(lambda v: v.shape == shape)
             if found is not None:
-                return found
+                return self.given(found)
         return Given.generate(self, shape)
