@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-(TORCH,) = (required for required in map(Requirement, PROJECT["dependencies"]) if required.name == "torch")
+(TORCH,) = (text for text in PROJECT["dependencies"] if Requirement(text).name == "torch")
 CORE = ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/guard/*.cpp")
 
 # Machine code for the two data-centre generations in use; the PTX of the newer one is compiled by the driver of any
@@ -48,7 +48,7 @@ def import_torch():
                 f"the extension is compiled for the torch that will run it: pip install '{TORCH}' and then "
                 "pip install --no-build-isolation .",
             )
-    if not TORCH.specifier.contains(torch.__version__, prereleases=True):
+    if not Requirement(TORCH).specifier.contains(torch.__version__, prereleases=True):
         stop(f"torch {torch.__version__} is not supported", f"pip install '{TORCH}'")
     return torch
 

@@ -126,7 +126,7 @@ class TestBuildThatCannotBeDone:
 
     def test_torch_out_of_range(self, tmp_path):
         line = self.build(tmp_path, torch_package="__version__ = '2.9.1'")
-        assert line.startswith("torch 2.9.1 is outside") and "pip install 'torch>=" in line
+        assert line.startswith("torch 2.9.1 is not supported") and "pip install 'torch>=" in line
 
     def test_no_torch(self, tmp_path):
         line = self.build(tmp_path, torch_package="raise ModuleNotFoundError(name='torch')")

@@ -44,8 +44,8 @@ IDEAL = {op.name: ideal(op.name) for op in OPS}
 
 def test_most_programs_agree():
     """Few are refused, or wrong by torch's own doing; with ideal ops none is found."""
-    ends = FUZZ.search("ends", range(200), IDEAL)
-    assert ends["agree"] > 150
+    ends = FUZZ.search("ends", range(300), IDEAL)
+    assert ends["agree"] > 225
     assert ends["refused"] > 2
     assert ends["wrong by torch's own nodes"] > 2
 
