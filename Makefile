@@ -49,6 +49,7 @@ BUILT := $(BUILD)/built
 CONFIG := $(KEY) $(VENV) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 IN_TREE := build/in-tree
 NOTE := safe_inplace/_build_info.py
+CPP_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py $(shell find csrc -type f) $(wildcard tests/simulator/*.cpp tests/simulator/*.h tests/toy_backend/*.cpp tests/toy_backend/*.h)
 
 # What the tests need, and what they need besides with this torch, where pyproject.toml has an extra named after it.
@@ -80,9 +81,10 @@ bench-full: $(BUILT) $(call extra,bench)
 	@$(PY) -m benchmarks --full $(ARGS)
 
 lint: $(BUILT) $(call extra,lint)
-	$(call say,ruff and mypy)
+	$(call say,ruff and mypy and clang-format)
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
+	@$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror $(CPP_FILES)
 
 # Built in a copy of the tree, so that the extension of the other targets stays. What is left out starts compilers, other
 # interpreters or builds of its own, reads the docs, or asks the system for memory in a way that the sanitizer answers otherwise:

@@ -32,7 +32,7 @@ RegisterBackend::RegisterBackend(const Backend& backend) {
   const c10::DispatchKey key = key_of(backend.device);
   const c10::BackendComponent component = c10::toBackendComponent(key);
   kernel_keys = kernel_keys | c10::DispatchKeySet(key) | c10::getAutogradRelatedKeySetFromBackend(component) |
-      c10::getAutocastRelatedKeySetFromBackend(component);
+                c10::getAutocastRelatedKeySetFromBackend(component);
   if (listener != nullptr) {
     listener(key);
   }

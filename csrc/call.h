@@ -24,9 +24,7 @@ struct Call {
   Operand operands[2];
   at::Scalar parameter = 1;
 
-  const OpInfo& info() const {
-    return infos[op];
-  }
+  const OpInfo& info() const { return infos[op]; }
 };
 
 // Calls visit(tensor, i) with each operand that is a tensor.

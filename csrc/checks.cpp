@@ -22,8 +22,8 @@ void check_shape(const at::Tensor& input, const at::Tensor& operand) {
     return;
   }
   const auto shape = at::infer_size_dimvector(input.sizes(), operand.sizes());
-  TORCH_CHECK(at::IntArrayRef(shape) == input.sizes(), "output with shape ", input.sizes(),
-              " doesn't match the broadcast shape ", at::IntArrayRef(shape));
+  TORCH_CHECK(at::IntArrayRef(shape) == input.sizes(), "output with shape ", input.sizes(), " doesn't match the broadcast shape ",
+              at::IntArrayRef(shape));
 }
 
 void check_devices(const Call& call) {

@@ -37,10 +37,9 @@ at::Tensor digest_on_device(const at::Tensor& tensor) {
   const c10::impl::ExcludeDispatchKeyGuard unseen(c10::DispatchKeySet(
       {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::TESTING_ONLY_GenericMode}));
   const auto kernel = kernel_of(tensor);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      kernel != nullptr && tensor.layout() == at::kStrided,
-      "safe_inplace: digest() takes a strided tensor on a device that this build has kernels for, got a ",
-      tensor.layout(), " tensor on ", tensor.device());
+  TORCH_CHECK_NOT_IMPLEMENTED(kernel != nullptr && tensor.layout() == at::kStrided,
+                              "safe_inplace: digest() takes a strided tensor on a device that this build has kernels for, got a ",
+                              tensor.layout(), " tensor on ", tensor.device());
   const auto result = at::empty({}, tensor.options().dtype(at::kLong).requires_grad(false));
   const auto bytes = unbroken(tensor);
   kernel(bytes.const_data_ptr(), static_cast<int64_t>(bytes.nbytes()), result);

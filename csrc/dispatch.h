@@ -6,11 +6,6 @@
 
 namespace safe_inplace {
 
-// Calls visit with the op of that index.
-template <class Visit, class... Ops>
-void with_op(int op, const Visit& visit, OpList<Ops...>) {
-  ((op_index<Ops> == op ? void(visit(Ops{})) : void()), ...);
-}
 template <class Visit>
 void with_op(int op, const Visit& visit) {
   with_op(op, visit, AllOps{});

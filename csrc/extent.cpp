@@ -92,9 +92,7 @@ class ReturningStep {
   }
 
  private:
-  static int64_t floor_divide(int64_t a, int64_t b) {
-    return a >= 0 ? a / b : -((-a + b - 1) / b);
-  }
+  static int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
   c10::ArrayRef<Extent::Dimension> dimensions_;
   int64_t budget_ = kMostBlocks;
@@ -116,7 +114,8 @@ bool overlaps_itself(const at::Tensor& tensor) {
     if (strides[d] == 0) {
       return true;
     }
-    const auto* place = std::find_if(dimensions.begin(), dimensions.end(), [&](const auto& other) { return other.stride < strides[d]; });
+    const auto* place =
+        std::find_if(dimensions.begin(), dimensions.end(), [&](const auto& other) { return other.stride < strides[d]; });
     dimensions.insert(dimensions.begin() + (place - dimensions.begin()), {strides[d], sizes[d]});
   }
   // Nearly always each one steps over all that is inside it.
@@ -160,9 +159,8 @@ std::optional<Extent> extent_of(const at::Tensor& tensor) {
         extent.blocks.push_back({impl->stride(d) * item, impl->size(d)});
       }
     }
-    std::stable_sort(extent.blocks.begin(), extent.blocks.end(), [](const auto& a, const auto& b) {
-      return a.stride > b.stride;
-    });
+    std::stable_sort(extent.blocks.begin(), extent.blocks.end(),
+                     [](const auto& a, const auto& b) { return a.stride > b.stride; });
     while (!extent.blocks.empty() && extent.blocks.back().stride <= extent.run) {
       const auto [stride, size] = extent.blocks.back();
       extent.run += stride * (size - 1);
@@ -205,9 +203,8 @@ bool overlap(const Extent& a, const Extent& b) {
   if (fewer.count() > kMostBlocks) {
     return true;
   }
-  return any_block(fewer, 0, fewer.begin, [&](int64_t offset) {
-    return meets(other, 0, other.begin, offset, offset + fewer.run);
-  });
+  return any_block(fewer, 0, fewer.begin,
+                   [&](int64_t offset) { return meets(other, 0, other.begin, offset, offset + fewer.run); });
 }
 
 } // namespace safe_inplace

@@ -25,17 +25,11 @@ struct Value {
     }
   }
 
-  bool is_tensor() const {
-    return tensor.defined();
-  }
+  bool is_tensor() const { return tensor.defined(); }
   // A tracer's number has no value.
-  bool is_traced_number() const {
-    return !is_tensor() && number.isSymbolic();
-  }
+  bool is_traced_number() const { return !is_tensor() && number.isSymbolic(); }
   // As Python hands numbers to torch: some backends know only the overloads for tensors.
-  at::Tensor as_tensor() const {
-    return is_tensor() ? tensor : at::native::wrapped_scalar_tensor(number);
-  }
+  at::Tensor as_tensor() const { return is_tensor() ? tensor : at::native::wrapped_scalar_tensor(number); }
 };
 
 Value operator*(const Value& a, const Value& b) {
@@ -106,8 +100,7 @@ struct InPlace {
 };
 
 InPlace operator*(const InPlace& input, const InPlace& factor) {
-  factor.operand.is_traced_number() ? input.target->mul_(factor.operand.number)
-                                    : input.target->mul_(factor.operand.as_tensor());
+  factor.operand.is_traced_number() ? input.target->mul_(factor.operand.number) : input.target->mul_(factor.operand.as_tensor());
   return input;
 }
 

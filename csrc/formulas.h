@@ -165,8 +165,16 @@ struct OpInfo {
 
 template <class Op>
 constexpr OpInfo make_info() {
-  return {Op::name, Op::node, Op::operands, {Op::operand_names[0], Op::operand_names[1]}, Op::parameter, Op::kept,
-          {Op::derivatives[0], Op::derivatives[1], Op::derivatives[2]}, Op::torch_method, Op::rounds_numbers, Op::left_to_torch};
+  return {Op::name,
+          Op::node,
+          Op::operands,
+          {Op::operand_names[0], Op::operand_names[1]},
+          Op::parameter,
+          Op::kept,
+          {Op::derivatives[0], Op::derivatives[1], Op::derivatives[2]},
+          Op::torch_method,
+          Op::rounds_numbers,
+          Op::left_to_torch};
 }
 
 template <class List>
@@ -186,5 +194,11 @@ constexpr int index_in(OpList<Ops...>) {
 
 template <class Op>
 inline constexpr int op_index = index_in<Op>(AllOps{});
+
+// Calls visit with the op of that index. For the host and for devices.
+template <class Visit, class... Ops>
+SI_INLINE void with_op(int op, const Visit& visit, OpList<Ops...>) {
+  ((op_index<Ops> == op ? visit(Ops{}) : void()), ...);
+}
 
 } // namespace safe_inplace

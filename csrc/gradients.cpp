@@ -67,8 +67,7 @@ bool plan_backward(const BackwardCall& call, BackwardPlan& plan) {
       return false;
     }
     const Factor factor = op.derivatives[i].factor;
-    if (factor != Factor::One && !std::exchange(placed[int(factor)], true) &&
-        !place_factor(call, int(factor), plan, layout)) {
+    if (factor != Factor::One && !std::exchange(placed[int(factor)], true) && !place_factor(call, int(factor), plan, layout)) {
       return false;
     }
   }
@@ -105,8 +104,7 @@ at::Tensor gradient_by_fallback(const BackwardCall& call, int position, const Op
   at::Tensor gradient = call.grad.to(opmath_type(call.grad.scalar_type()));
   if (derivative.factor != Factor::One) {
     const FactorValue& factor = call.factors[int(derivative.factor)];
-    gradient = factor.tensor.defined() ? at::mul(gradient, factor.tensor.conj())
-                                       : at::mul(gradient, factor.number.conj());
+    gradient = factor.tensor.defined() ? at::mul(gradient, factor.tensor.conj()) : at::mul(gradient, factor.number.conj());
   }
   if (derivative.times_parameter && !equals(call.parameter, 1)) {
     gradient = at::mul(gradient, call.parameter.conj());

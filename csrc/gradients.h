@@ -25,9 +25,7 @@ struct BackwardCall {
   FactorValue factors[3]; // first operand, second operand, kept; undefined where nobody reads them
   at::Tensor grads[3]; // undefined where nobody wants them; otherwise in the operand's shape
 
-  const OpInfo& info() const {
-    return infos[op];
-  }
+  const OpInfo& info() const { return infos[op]; }
 };
 
 // What a hook or an assignment to `.data` has put in the place of what was saved must fit the gradient as it did then.

@@ -83,9 +83,7 @@ struct Overload<Op, numbers, TypeList<Args...>> {
     return Op::operands == 1 ? first : first + ((numbers & 2) != 0 ? "_Scalar" : "_Tensor");
   }
 
-  static std::string full_name() {
-    return overload_name().empty() ? Op::name : std::string(Op::name) + "." + overload_name();
-  }
+  static std::string full_name() { return overload_name().empty() ? Op::name : std::string(Op::name) + "." + overload_name(); }
 
   static std::string schema() {
     std::string text = full_name() + "(Tensor(a!) input";
@@ -101,8 +99,7 @@ struct Overload<Op, numbers, TypeList<Args...>> {
 
   static const c10::TypedOperatorHandle<Signature>& handle() {
     static const auto found = c10::Dispatcher::singleton()
-                                  .findSchemaOrThrow((std::string("safe_inplace::") + Op::name).c_str(),
-                                                     overload_name().c_str())
+                                  .findSchemaOrThrow((std::string("safe_inplace::") + Op::name).c_str(), overload_name().c_str())
                                   .template typed<Signature>();
     return found;
   }
@@ -115,12 +112,8 @@ struct Overload<Op, numbers, TypeList<Args...>> {
   static void send_below(DispatchKeySet keys, const Call& call, std::index_sequence<I...>) {
     handle().redispatch(keys, const_cast<Tensor&>(*call.input), argument<I, Op, Args>(call)...);
   }
-  static void dispatch(const Call& call) {
-    send(call, Indices{});
-  }
-  static void redispatch(DispatchKeySet keys, const Call& call) {
-    send_below(keys, call, Indices{});
-  }
+  static void dispatch(const Call& call) { send(call, Indices{}); }
+  static void redispatch(DispatchKeySet keys, const Call& call) { send_below(keys, call, Indices{}); }
 
   static void autograd(DispatchKeySet keys, Tensor& input, Args... args) {
     call_with_autograd(keys, make_call<Op>(input, Indices{}, args...), redispatch);
@@ -164,8 +157,8 @@ void for_each_overload(const F& visit, OpList<Ops...>) {
 
 template <class Op>
 void dispatch_op(const Call& call) {
-  const int numbers = (call.operands[0].tensor == nullptr ? 1 : 0) |
-      (Op::operands == 2 && call.operands[1].tensor == nullptr ? 2 : 0);
+  const int numbers =
+      (call.operands[0].tensor == nullptr ? 1 : 0) | (Op::operands == 2 && call.operands[1].tensor == nullptr ? 2 : 0);
   for_each_overload(
       [&](auto overload) {
         if (overload.numbers_mask == numbers) {
@@ -176,15 +169,14 @@ void dispatch_op(const Call& call) {
 }
 
 TORCH_LIBRARY(safe_inplace, m) {
-  for_each_overload(
-      [&m](auto overload) { m.def(torch::schema(overload.schema().c_str()), {at::Tag::pt2_compliant_tag}); }, AllOps{});
+  for_each_overload([&m](auto overload) { m.def(torch::schema(overload.schema().c_str()), {at::Tag::pt2_compliant_tag}); },
+                    AllOps{});
 }
 
-#define SI_IMPLEMENT(KEY, FUNCTION)                                                                              \
-  TORCH_LIBRARY_IMPL(safe_inplace, KEY, m) {                                                                      \
-    for_each_overload(                                                                                            \
-        [&m](auto overload) { m.impl(overload.full_name().c_str(), TORCH_FN(decltype(overload)::FUNCTION)); },    \
-        AllOps{});                                                                                                \
+#define SI_IMPLEMENT(KEY, FUNCTION)                                                                                          \
+  TORCH_LIBRARY_IMPL(safe_inplace, KEY, m) {                                                                                 \
+    for_each_overload([&m](auto overload) { m.impl(overload.full_name().c_str(), TORCH_FN(decltype(overload)::FUNCTION)); }, \
+                      AllOps{});                                                                                             \
   }
 
 SI_IMPLEMENT(Autograd, autograd)
@@ -203,8 +195,8 @@ SI_IMPLEMENT(FuncTorchDynamicLayerFrontMode, fallback)
 void implement_for(c10::DispatchKey key) {
   static auto* const libraries = new std::vector<std::unique_ptr<torch::Library>>();
   auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "safe_inplace", key, __FILE__, __LINE__);
-  for_each_overload(
-      [&](auto overload) { library->impl(overload.full_name().c_str(), TORCH_FN(decltype(overload)::kernel)); }, AllOps{});
+  for_each_overload([&](auto overload) { library->impl(overload.full_name().c_str(), TORCH_FN(decltype(overload)::kernel)); },
+                    AllOps{});
   libraries->push_back(std::move(library));
 }
 

@@ -180,7 +180,7 @@ bool InplaceNode::kernel_may_see(const BackwardCall& call) const {
 bool InplaceNode::is_grad_itself(int position, const BackwardCall& call) const {
   const Derivative& derivative = info().derivatives[position];
   return derivative.factor == Factor::One && (!derivative.times_parameter || parameter.equal(1)) &&
-      has_grads_layout(position, call);
+         has_grads_layout(position, call);
 }
 
 // ... and one that equals the input's gradient is that one.
@@ -198,8 +198,8 @@ void InplaceNode::choose_memory(BackwardCall& call) {
   if (kept.defined() && graph_is_released()) {
     // From here on the graph cannot be walked again: it would be released after this call anyway.
     saved[int(Factor::Kept)].reset_data();
-    kept_is_free = kept.scalar_type() == call.grad.scalar_type() && kept.sizes() == call.grad.sizes() &&
-        may_overwrite_in_backward(kept);
+    kept_is_free =
+        kept.scalar_type() == call.grad.scalar_type() && kept.sizes() == call.grad.sizes() && may_overwrite_in_backward(kept);
   }
   bool grad_is_free = true;
   for (int position = 0; position < count; ++position) {
@@ -276,8 +276,7 @@ variable_list gradients_by_fallback(const variable_list& grads, const std::vecto
 }
 
 // Compiled autograd hands out gradients without sizes and asks for a function that it can put into its graph.
-variable_list InplaceNode::apply_with_saved(const variable_list& inputs,
-                                            torch::dynamo::autograd::SwapSavedVariables& swap) {
+variable_list InplaceNode::apply_with_saved(const variable_list& inputs, torch::dynamo::autograd::SwapSavedVariables& swap) {
   for (SavedVariable& variable : saved) {
     swap.before(variable);
   }

@@ -26,12 +26,8 @@ struct InplaceNode : torch::autograd::Node {
 
   explicit InplaceNode(int op_) : op(op_) {}
 
-  const OpInfo& info() const {
-    return infos[op];
-  }
-  std::string name() const override {
-    return info().node;
-  }
+  const OpInfo& info() const { return infos[op]; }
+  std::string name() const override { return info().node; }
 
   // Whether some gradient that this graph may be asked for is multiplied by it.
   bool needs(Factor factor) const;
@@ -42,9 +38,7 @@ struct InplaceNode : torch::autograd::Node {
   variable_list apply(variable_list&& grads) override;
 
  private:
-  bool wanted(int position) const {
-    return position < static_cast<int>(num_outputs()) && task_should_compute_output(position);
-  }
+  bool wanted(int position) const { return position < static_cast<int>(num_outputs()) && task_should_compute_output(position); }
   void unpack(BackwardCall& call);
   at::Tensor kept_with_history(const at::Tensor& kept) const;
 

@@ -86,14 +86,20 @@ SI_INLINE uint32_t bits_of(float value) {
   return bits;
 }
 
-SI_INLINE float widen(float x) { return x; }
-SI_INLINE double widen(double x) { return x; }
+SI_INLINE float widen(float x) {
+  return x;
+}
+SI_INLINE double widen(double x) {
+  return x;
+}
 template <class T>
 SI_INLINE Complex<T> widen(Complex<T> x) {
   return x;
 }
 
-SI_INLINE float widen(BFloat16 x) { return bit_cast_to<float>(uint32_t(x.bits) << 16); }
+SI_INLINE float widen(BFloat16 x) {
+  return bit_cast_to<float>(uint32_t(x.bits) << 16);
+}
 
 SI_INLINE float widen(Half x) {
 #if defined(__CUDA_ARCH__)
@@ -214,8 +220,12 @@ SI_INLINE T add_product(T input, T a, T b, T scale) {
   return multiply_add(scale * a, b, input);
 }
 
-SI_INLINE float conjugate(float x) { return x; }
-SI_INLINE double conjugate(double x) { return x; }
+SI_INLINE float conjugate(float x) {
+  return x;
+}
+SI_INLINE double conjugate(double x) {
+  return x;
+}
 template <class T>
 SI_INLINE Complex<T> conjugate(Complex<T> x) {
   return {x.real, -x.imag};

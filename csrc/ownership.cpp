@@ -30,19 +30,18 @@ bool is_sole_owner(const at::Tensor& tensor, size_t handles) {
   // A view, a detached alias, or the storage object itself in somebody's hands. Memory that torch did not allocate
   // (NumPy, DLPack, another process) is not resizable, and its owner does not count here.
   return tensor.storage().use_count() == 1 && storage->resizable() &&
-      static_cast<size_t>(tensor.numel()) * tensor.element_size() <= storage->nbytes();
+         static_cast<size_t>(tensor.numel()) * tensor.element_size() <= storage->nbytes();
 }
 
 bool graph_is_released() {
-  return torch::autograd::get_current_graph_task_id() != -1 &&
-      !torch::autograd::get_current_graph_task_keep_graph();
+  return torch::autograd::get_current_graph_task_id() != -1 && !torch::autograd::get_current_graph_task_keep_graph();
 }
 
 namespace {
 
 bool has_hooks(torch::autograd::Node& node) {
   return !node.pre_hooks().empty() || !node.post_hooks().empty() || !node.tensor_pre_hooks().empty() ||
-      !node.retains_grad_hooks().empty();
+         !node.retains_grad_hooks().empty();
 }
 
 // The engine orders a consumer after the producer of a gradient, never after another consumer that ran on another
@@ -108,10 +107,11 @@ HandsOn hands_on(const torch::autograd::Node& node) {
   if (!type.starts_with("N5torch8autograd9generated") || is_one_of<generated::CatBackward0, generated::StackBackward0>(node)) {
     return HandsOn::parts;
   }
-  const bool hands_on = node.num_outputs() == 1 ||
+  const bool hands_on =
+      node.num_outputs() == 1 ||
       is_one_of<generated::AddBackward0, generated::SubBackward0, generated::RsubBackward0, generated::AddcmulBackward0,
-                generated::AddcdivBackward0, generated::AddmmBackward0, generated::AddmvBackward0,
-                generated::AddrBackward0, generated::AddbmmBackward0, generated::BaddbmmBackward0>(node);
+                generated::AddcdivBackward0, generated::AddmmBackward0, generated::AddmvBackward0, generated::AddrBackward0,
+                generated::AddbmmBackward0, generated::BaddbmmBackward0>(node);
   return hands_on ? HandsOn::all : HandsOn::nothing;
 }
 
@@ -140,9 +140,8 @@ class Keepers {
       return true;
     }
     const auto& edges = node->next_edges();
-    return std::any_of(edges.begin(), edges.end(), [&](const torch::autograd::Edge& next) {
-      return behind(next, parts || handed == HandsOn::parts);
-    });
+    return std::any_of(edges.begin(), edges.end(),
+                       [&](const torch::autograd::Edge& next) { return behind(next, parts || handed == HandsOn::parts); });
   }
 
  private:
@@ -172,8 +171,8 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
 }
 
 bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles) {
-  return !c10::GradMode::is_enabled() && !tensor.requires_grad() && graph_is_released() &&
-      is_sole_owner(tensor, handles) && readers_are_ordered(tensor.device());
+  return !c10::GradMode::is_enabled() && !tensor.requires_grad() && graph_is_released() && is_sole_owner(tensor, handles) &&
+         readers_are_ordered(tensor.device());
 }
 
 } // namespace safe_inplace

@@ -45,15 +45,9 @@ std::string describe(PyObject* value) {
 struct Signature {
   const OpInfo& op;
 
-  int count() const {
-    return 1 + op.operands + (op.parameter != nullptr ? 1 : 0);
-  }
-  const char* name(int i) const {
-    return i == 0 ? "input" : i <= op.operands ? op.operand_names[i - 1] : op.parameter;
-  }
-  bool is_parameter(int i) const {
-    return i > op.operands;
-  }
+  int count() const { return 1 + op.operands + (op.parameter != nullptr ? 1 : 0); }
+  const char* name(int i) const { return i == 0 ? "input" : i <= op.operands ? op.operand_names[i - 1] : op.parameter; }
+  bool is_parameter(int i) const { return i > op.operands; }
   std::string text() const {
     std::string text = std::string(op.name) + "(input";
     for (int i = 0; i < op.operands; ++i) {
@@ -64,12 +58,11 @@ struct Signature {
 };
 
 // Sorts positional and keyword arguments into the signature's order; null where the parameter was left out.
-void collect(const Signature& signature, PyObject* const* args, Py_ssize_t positional, PyObject* keywords,
-             PyObject** out) {
+void collect(const Signature& signature, PyObject* const* args, Py_ssize_t positional, PyObject* keywords, PyObject** out) {
   const int most = 1 + signature.op.operands;
   if (positional > most) {
     raise_type_error(std::string(signature.op.name) + "(): " + std::to_string(positional) +
-                         " positional arguments given, the signature is " + signature.text());
+                     " positional arguments given, the signature is " + signature.text());
   }
   for (Py_ssize_t i = 0; i < positional; ++i) {
     out[i] = args[i];
@@ -84,16 +77,15 @@ void collect(const Signature& signature, PyObject* const* args, Py_ssize_t posit
       }
     }
     if (found < 0 || out[found] != nullptr) {
-      raise_type_error(std::string(signature.op.name) + "(): " + (found < 0 ? "unknown" : "repeated") +
-                           " argument '" + py::cast<std::string>(py::handle(key)) + "', the signature is " +
-                           signature.text());
+      raise_type_error(std::string(signature.op.name) + "(): " + (found < 0 ? "unknown" : "repeated") + " argument '" +
+                       py::cast<std::string>(py::handle(key)) + "', the signature is " + signature.text());
     }
     out[found] = args[positional + k];
   }
   for (int i = 0; i < most; ++i) {
     if (out[i] == nullptr) {
-      raise_type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) +
-                           "' is missing, the signature is " + signature.text());
+      raise_type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) + "' is missing, the signature is " +
+                       signature.text());
     }
   }
 }
@@ -170,9 +162,9 @@ bool take_parameter(PyObject* value, at::Scalar& out) {
 }
 
 [[noreturn]] void refuse(const Signature& signature, int i, PyObject* value) {
-  const char* const wanted = i == 0 ? "a torch.Tensor"
-      : signature.is_parameter(i)   ? "a Python number"
-                                    : "a torch.Tensor or a Python number";
+  const char* const wanted = i == 0                      ? "a torch.Tensor"
+                             : signature.is_parameter(i) ? "a Python number"
+                                                         : "a torch.Tensor or a Python number";
   std::string remedy;
   if (i == 0 && THPUtils_checkScalar(value)) {
     remedy = "; a number cannot be written in place, wrap it with torch.tensor";
@@ -183,11 +175,10 @@ bool take_parameter(PyObject* value, at::Scalar& out) {
     remedy = "; convert it with torch.as_tensor";
   }
   raise_type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) + "' must be " + wanted +
-                       ", but it is " + describe(value) + remedy);
+                   ", but it is " + describe(value) + remedy);
 }
 
-PyObject* call_override(const Signature& signature, PyObject* const* args, Py_ssize_t positional,
-                        PyObject* keywords) {
+PyObject* call_override(const Signature& signature, PyObject* const* args, Py_ssize_t positional, PyObject* keywords) {
   py::tuple positionals(positional);
   for (Py_ssize_t i = 0; i < positional; ++i) {
     positionals[i] = py::reinterpret_borrow<py::object>(args[i]);

@@ -84,8 +84,7 @@ struct BackwardPass {
         add_gradient(i);
       }
     }
-    std::stable_sort(gradients, gradients + count,
-                     [](const Gradient& a, const Gradient& b) { return a.turn < b.turn; });
+    std::stable_sort(gradients, gradients + count, [](const Gradient& a, const Gradient& b) { return a.turn < b.turn; });
     allocate_sums();
   }
 
@@ -95,9 +94,7 @@ struct BackwardPass {
     gradient.position = position;
     gradient.out = &plan.grads[position];
     gradient.reduced = plan.reduced[position];
-    gradient.turn = gradient.out->data == plan.grad.data               ? 2
-        : gradient.out->data == plan.factors[int(Factor::Kept)].data ? 1
-                                                                     : 0;
+    gradient.turn = gradient.out->data == plan.grad.data ? 2 : gradient.out->data == plan.factors[int(Factor::Kept)].data ? 1 : 0;
     double number[2] = {1, 0};
     if (derivative.times_parameter) {
       number[0] = plan.parameter[0];
@@ -105,9 +102,9 @@ struct BackwardPass {
     }
     if (derivative.factor != Factor::One) {
       gradient.factor = &plan.factors[int(derivative.factor)];
-      gradient.factor_kind = gradient.factor->data == nullptr ? kFactorOne
-          : gradient.factor->dtype == plan.dtype             ? kFactorOwn
-                                                             : kFactorMath;
+      gradient.factor_kind = gradient.factor->data == nullptr       ? kFactorOne
+                             : gradient.factor->dtype == plan.dtype ? kFactorOwn
+                                                                    : kFactorMath;
     }
     store_number(plan.dtype, number, gradient.multiplier);
     if (!gradient.reduced) {
@@ -202,9 +199,7 @@ struct BackwardPass {
       if (gradient.factor_kind == kFactorOwn || gradient.factor_kind == kFactorMath) {
         const Arg& factor = *gradient.factor;
         const bool widened = factor.strides[0] == 0 && factor.dtype != math;
-        const int64_t bytes = widened ? Scratch::aligned(cut.rows * math_size)
-            : factor.strides[0] > 1  ? of_elements(factor)
-                                      : 0;
+        const int64_t bytes = widened ? Scratch::aligned(cut.rows * math_size) : factor.strides[0] > 1 ? of_elements(factor) : 0;
         sizes.factor = std::max(sizes.factor, bytes);
       }
       if (gradient.copied) {
@@ -271,8 +266,7 @@ struct BackwardPass {
     }
   }
 
-  void run_block(int64_t chunk, const Index& index, const Index& number, int64_t rows, int64_t n,
-                 const Buffers& buffers) const {
+  void run_block(int64_t chunk, const Index& index, const Index& number, int64_t rows, int64_t n, const Buffers& buffers) const {
     const Shape& shape = plan.shape;
     alignas(16) char constant[16];
     BackwardBlock block;
@@ -306,8 +300,7 @@ struct BackwardPass {
     }
   }
 
-  void add_block(int64_t chunk, const Gradient& gradient, RowFactor kind, const Index& index,
-                 BackwardBlock& block) const {
+  void add_block(int64_t chunk, const Gradient& gradient, RowFactor kind, const Index& index, BackwardBlock& block) const {
     const int64_t stride = gradient.out->strides[0];
     const int64_t offset = chunk * gradient.sums_per_chunk + offset_of(plan.shape, *gradient.out, index);
     block.target = gradient.sums + offset * math_size;
@@ -380,8 +373,7 @@ struct BackwardPass {
     }
   }
 
-  void store_block(const Gradient& gradient, RowFactor kind, const Index& index, BackwardBlock& block,
-                   char* buffer) const {
+  void store_block(const Gradient& gradient, RowFactor kind, const Index& index, BackwardBlock& block, char* buffer) const {
     const Arg& out = *gradient.out;
     const int64_t row_stride = plan.shape.ndim > 1 ? out.strides[1] : 0;
     char* const data = address(out, offset_of(plan.shape, out, index));
@@ -391,8 +383,7 @@ struct BackwardPass {
     if (gradient.copied) {
       const int64_t size = dtype_size[int(out.dtype)];
       for (int64_t row = 0; row < block.rows; ++row) {
-        copy_strided(out.dtype, data + row * row_stride * size, out.strides[0], buffer + row * block.n * size, 1,
-                     block.n);
+        copy_strided(out.dtype, data + row * row_stride * size, out.strides[0], buffer + row * block.n * size, 1, block.n);
       }
     }
   }

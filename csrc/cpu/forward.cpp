@@ -110,9 +110,7 @@ struct ForwardOperand {
     }
     kind = operand.dtype == plan.dtype ? kOwn : kOpMath;
     if (walk.short_rows) {
-      source = is_linear(shape, operand)             ? Memory
-          : varies_only_along_rows(shape, operand) ? Periodic
-                                                     : Copied;
+      source = is_linear(shape, operand) ? Memory : varies_only_along_rows(shape, operand) ? Periodic : Copied;
     } else if (operand.strides[0] == 0) {
       source = OnePerRow;
       kind = kOne;
@@ -125,29 +123,23 @@ struct ForwardOperand {
       source = Memory;
     }
     const int64_t block = std::min(kBlock, shape.numel);
-    bytes = limits_columns()                           ? block * dtype_size[int(operand.dtype)]
-        : source == OnePerRow && operand.dtype != math ? block * dtype_size[int(math)]
-        : source == Repeated ? shape.sizes[0] * walk.stack * dtype_size[int(math)]
-                             : 0;
+    bytes = limits_columns()                               ? block * dtype_size[int(operand.dtype)]
+            : source == OnePerRow && operand.dtype != math ? block * dtype_size[int(math)]
+            : source == Repeated                           ? shape.sizes[0] * walk.stack * dtype_size[int(math)]
+                                                           : 0;
   }
 
   // In 4 KiB: two operands of 8 KiB each would crowd the input out of the first-level cache.
-  static int64_t capacity(DType dtype) {
-    return 4096 / dtype_size[int(opmath_dtype(dtype))];
-  }
+  static int64_t capacity(DType dtype) { return 4096 / dtype_size[int(opmath_dtype(dtype))]; }
 
-  static bool repeats(const Shape& shape, const Arg& arg) {
-    return shape.ndim > 1 && arg.strides[0] == 1 && arg.strides[1] == 0;
-  }
+  static bool repeats(const Shape& shape, const Arg& arg) { return shape.ndim > 1 && arg.strides[0] == 1 && arg.strides[1] == 0; }
 
   // Widening for every row of the input would cost as much as the arithmetic.
   static bool worth_widening(const Shape& shape, const Arg& arg) {
     return arg.dtype != opmath_dtype(arg.dtype) && shape.sizes[1] >= 8 && shape.sizes[0] <= capacity(arg.dtype);
   }
 
-  bool limits_columns() const {
-    return source == Copied || source == Periodic;
-  }
+  bool limits_columns() const { return source == Copied || source == Periodic; }
 
   // The operand for rows of n elements from index on, and the stride from row to row. A row may run over the ends of
   // the shape's rows.
@@ -200,9 +192,8 @@ Walk choose_walk(const ForwardPlan& plan) {
   const auto follow_each_other = [&](const Arg& arg) { return arg.strides[0] == 1 && arg.strides[1] == inner; };
   bool stackable = follow_each_other(plan.input) && (plan.kept.data == nullptr || follow_each_other(plan.kept));
   for (const Arg& operand : plan.operands) {
-    stackable = stackable &&
-        (operand.data == nullptr || is_constant(shape, operand) || follow_each_other(operand) ||
-         ForwardOperand::repeats(shape, operand));
+    stackable = stackable && (operand.data == nullptr || is_constant(shape, operand) || follow_each_other(operand) ||
+                              ForwardOperand::repeats(shape, operand));
   }
   if (stackable) {
     // Few rows are not worth the filling of the buffer.
@@ -238,14 +229,12 @@ struct ForwardPass {
     TORCH_INTERNAL_ASSERT_DEBUG_ONLY(forward_rows != nullptr);
   }
 
-  bool is_copied(const Arg& arg) const {
-    return walk.short_rows ? !is_linear(plan.shape, arg) : arg.strides[0] != 1;
-  }
+  bool is_copied(const Arg& arg) const { return walk.short_rows ? !is_linear(plan.shape, arg) : arg.strides[0] != 1; }
 
   // What a thread needs in buffers.
   int64_t scratch_bytes() const {
-    return Scratch::aligned(operands[0].bytes) + Scratch::aligned(operands[1].bytes) +
-        (copy_input ? copied_bytes : 0) + (copy_kept ? copied_bytes : 0);
+    return Scratch::aligned(operands[0].bytes) + Scratch::aligned(operands[1].bytes) + (copy_input ? copied_bytes : 0) +
+           (copy_kept ? copied_bytes : 0);
   }
 
   void run(int64_t begin, int64_t end, char* scratch) const;
@@ -323,8 +312,7 @@ void forward_on_cpu(const ForwardPlan& plan) {
     return pass.run(0, plan.shape.numel, scratch.part());
   }
   Scratch scratch(pass.scratch_bytes(), at::get_num_threads());
-  at::parallel_for(0, plan.shape.numel, kGrain,
-                   [&](int64_t begin, int64_t end) { pass.run(begin, end, scratch.part()); });
+  at::parallel_for(0, plan.shape.numel, kGrain, [&](int64_t begin, int64_t end) { pass.run(begin, end, scratch.part()); });
 }
 
 } // namespace safe_inplace

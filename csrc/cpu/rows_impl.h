@@ -102,7 +102,9 @@ SI_INLINE Chunk<float> multiply_add(const Chunk<float>& a, const Chunk<float>& b
   return result;
 }
 
-SI_INLINE Chunk<float> conjugate(const Chunk<float>& a) { return a; }
+SI_INLINE Chunk<float> conjugate(const Chunk<float>& a) {
+  return a;
+}
 
 SI_INLINE void spread(Chunk<float>& to, float value) {
   for (int i = 0; i < kRegisters; ++i) {
@@ -217,7 +219,9 @@ SI_INLINE void store(T* to, const V& value) {
 // second, any distance of 0.5 to 4 KiB about the same (Zen 3). Asking never faults, wherever it points.
 constexpr int64_t kAhead = 1024;
 
-SI_INLINE void fetch_ahead(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + kAhead); }
+SI_INLINE void fetch_ahead(const void* from) {
+  __builtin_prefetch(static_cast<const char*>(from) + kAhead);
+}
 
 template <class T, int kind>
 struct Operand {
@@ -403,8 +407,7 @@ void add_columns(const BackwardBlock& block) {
       };
       along_row<T>(block.n, ahead, [&](auto kind, int64_t i) __attribute__((always_inline)) {
         using V = decltype(kind);
-        const V sum = (first.template at<V>(i) + second.template at<V>(i)) +
-            (third.template at<V>(i) + fourth.template at<V>(i));
+        const V sum = (first.template at<V>(i) + second.template at<V>(i)) + (third.template at<V>(i) + fourth.template at<V>(i));
         store(target + i, load<V>(target + i) + sum);
       });
     }

@@ -35,8 +35,7 @@ void load_opmath(DType dtype, const char* data, void* out) {
   with_dtype(dtype, [&]<class T>(T) { *static_cast<OpMath<T>*>(out) = widen(*reinterpret_cast<const T*>(data)); });
 }
 
-const void* one_per_row(const Arg& arg, const char* from, int64_t row_stride, int64_t rows, char* buffer,
-                        int64_t& stride) {
+const void* one_per_row(const Arg& arg, const char* from, int64_t row_stride, int64_t rows, char* buffer, int64_t& stride) {
   const DType math = opmath_dtype(arg.dtype);
   if (arg.dtype == math) {
     stride = row_stride;

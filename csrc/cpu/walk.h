@@ -31,13 +31,9 @@ class Scratch {
   }
 
   // A part that is nobody else's: parallel_for calls its function at most once for each thread.
-  char* part() {
-    return first_ + bytes_ * parts_.fetch_add(1, std::memory_order_relaxed);
-  }
+  char* part() { return first_ + bytes_ * parts_.fetch_add(1, std::memory_order_relaxed); }
 
-  static int64_t aligned(int64_t bytes) {
-    return (bytes + kLine - 1) / kLine * kLine;
-  }
+  static int64_t aligned(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
  private:
   static constexpr int64_t kLine = 64;

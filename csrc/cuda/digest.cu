@@ -13,8 +13,7 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 8;
 
 // Loads of 16 bytes where the pointer allows: half the instructions per byte, which the bandwidth of memory asks for.
-__global__ void __launch_bounds__(kThreads)
-    sum_of_terms(const char* data, int64_t bytes, bool wide, unsigned long long* total) {
+__global__ void __launch_bounds__(kThreads) sum_of_terms(const char* data, int64_t bytes, bool wide, unsigned long long* total) {
   const int64_t words = bytes / 8;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -59,8 +58,7 @@ void digest(const void* pointer, int64_t bytes, const at::Tensor& result) {
   const auto* data = static_cast<const char*>(pointer);
   if (bytes > 0) {
     const int64_t needed = (bytes / 16 + kThreads) / kThreads;
-    const int64_t most =
-        static_cast<int64_t>(at::cuda::getCurrentDeviceProperties()->multiProcessorCount) * kBlocksPerProcessor;
+    const int64_t most = static_cast<int64_t>(at::cuda::getCurrentDeviceProperties()->multiProcessorCount) * kBlocksPerProcessor;
     const bool wide = reinterpret_cast<uintptr_t>(data) % 16 == 0;
     sum_of_terms<<<static_cast<unsigned>(needed < most ? needed : most), kThreads, 0, stream>>>(data, bytes, wide, total);
     C10_CUDA_KERNEL_LAUNCH_CHECK();

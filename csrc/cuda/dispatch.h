@@ -55,23 +55,25 @@ void dispatch_elementwise(const Problem& problem, int op, OpMath<T> parameter, L
                             problem.shape.numel / (path == Path::Elements ? 1 : V) + slack < limit;
   if (!narrow_index) {
     using Kernel = Elementwise<AnyOp<Functor>, T, kMayMix<T>, 1, uint64_t>;
-    return launch_elementwise<Kernel>(plan_elementwise<M, uint64_t>(problem, 1, Kernel::U), op, parameter,
-                                      {"elementwise", 1, 64}, launcher);
+    return launch_elementwise<Kernel>(plan_elementwise<M, uint64_t>(problem, 1, Kernel::U), op, parameter, {"elementwise", 1, 64},
+                                      launcher);
   }
   if constexpr (V > 1) {
     if (path == Path::Vectors) {
       return with_mixed<T>(problem, [&](auto mixed) {
-        with_op(op, [&](auto tag) {
-          using Kernel = Elementwise<Functor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
-          launch_elementwise<Kernel>(plan_elementwise<M, uint32_t>(problem, V, Kernel::U), op, parameter,
-                                     {"elementwise", V, 32}, launcher);
-        }, AllOps{});
+        with_op(
+            op,
+            [&](auto tag) {
+              using Kernel = Elementwise<Functor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
+              launch_elementwise<Kernel>(plan_elementwise<M, uint32_t>(problem, V, Kernel::U), op, parameter,
+                                         {"elementwise", V, 32}, launcher);
+            },
+            AllOps{});
       });
     }
     if (path == Path::Unaligned) {
       using Kernel = Unaligned<AnyOp<Functor>, T>;
-      return launch_elementwise<Kernel>(plan_unaligned<M>(problem, V, Kernel::U), op, parameter, {"unaligned", V, 32},
-                                        launcher);
+      return launch_elementwise<Kernel>(plan_unaligned<M>(problem, V, Kernel::U), op, parameter, {"unaligned", V, 32}, launcher);
     }
   }
   using Kernel = Elementwise<AnyOp<Functor>, T, kMayMix<T>, 1, uint32_t>;
@@ -103,8 +105,8 @@ void dispatch_forward(const ForwardPlan& plan, Launcher& launcher) {
 enum class Outcome { Done, TooMuchMemory, IndexTooNarrow };
 
 template <class Kernel, class I, class Launcher>
-Outcome launch_reduction(const Problem& problem, const SumTargets& targets, int op, typename Kernel::M parameter,
-                         int width, Launcher& launcher) {
+Outcome launch_reduction(const Problem& problem, const SumTargets& targets, int op, typename Kernel::M parameter, int width,
+                         Launcher& launcher) {
   using T = typename Kernel::Element;
   const int64_t limit = launcher.index_limit();
   auto plan = plan_reduction<T, I>(problem, targets, width, Kernel::U, launcher.target_blocks());
@@ -123,8 +125,7 @@ Outcome launch_reduction(const Problem& problem, const SumTargets& targets, int 
       plan.partials.sums[i].partials = static_cast<const typename Kernel::M*>(plan.params.sums[i].data);
     }
   }
-  launcher.template reduce<Kernel>(plan.params, plan.blocks,
-                                   Trace{"reduce", width, int(sizeof(I)) * 8, plan.workspace});
+  launcher.template reduce<Kernel>(plan.params, plan.blocks, Trace{"reduce", width, int(sizeof(I)) * 8, plan.workspace});
   if (plan.partials_blocks > 0) {
     launcher.template reduce<ReducePartials<T>>(plan.partials, plan.partials_blocks, Trace{"reduce_partials", 1, 64});
   }
@@ -133,17 +134,19 @@ Outcome launch_reduction(const Problem& problem, const SumTargets& targets, int 
 
 // One reading of the gradient; false where two sums would need too much memory for it.
 template <class T, class Launcher>
-bool dispatch_reduction(const Problem& problem, const SumTargets& targets, int op, OpMath<T> parameter,
-                        Launcher& launcher) {
+bool dispatch_reduction(const Problem& problem, const SumTargets& targets, int op, OpMath<T> parameter, Launcher& launcher) {
   constexpr int V = kVector<T>;
   Outcome outcome = Outcome::IndexTooNarrow;
   if constexpr (V > 1) {
     if (rows_take_vectors(problem, V)) {
       with_mixed<T>(problem, [&](auto mixed) {
-        with_op(op, [&](auto tag) {
-          using Kernel = Reduce<BackwardFunctor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
-          outcome = launch_reduction<Kernel, uint32_t>(problem, targets, op, parameter, V, launcher);
-        }, AllOps{});
+        with_op(
+            op,
+            [&](auto tag) {
+              using Kernel = Reduce<BackwardFunctor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
+              outcome = launch_reduction<Kernel, uint32_t>(problem, targets, op, parameter, V, launcher);
+            },
+            AllOps{});
       });
     }
   }

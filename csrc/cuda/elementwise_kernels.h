@@ -173,8 +173,7 @@ struct Unaligned {
     }
     if constexpr (MayBeWide) {
       if (accessor.wide) {
-        return Vectors ? fetch_vector<float>(accessor, piece, bits.words)
-                       : load_values<float>(accessor, slot, piece, bits.words);
+        return Vectors ? fetch_vector<float>(accessor, piece, bits.words) : load_values<float>(accessor, slot, piece, bits.words);
       }
     }
     return Vectors ? fetch_vector<T>(accessor, piece, bits.words) : load_values<T>(accessor, slot, piece, bits.words);

@@ -6,12 +6,6 @@
 
 namespace safe_inplace::cuda {
 
-// Calls function(Op{}) with the op of this index.
-template <class Function, class... Ops>
-SI_INLINE void with_op(int index, Function&& function, OpList<Ops...>) {
-  ((index == op_index<Ops> ? function(Ops{}) : void()), ...);
-}
-
 template <class Op>
 struct ForwardFunctor {
   static constexpr bool reads_second = Op::operands == 2;
@@ -22,8 +16,7 @@ struct ForwardFunctor {
   // The value written to Out0 + `out`. in[] is indexed by Slot.
   template <class M>
   SI_INLINE static M compute(int out, int, M parameter, const M (&in)[kIns]) {
-    return out == 0 ? Op::result(in[Main], in[First], in[Second], parameter)
-                    : kept_value<Op>(in[Main], in[First]);
+    return out == 0 ? Op::result(in[Main], in[First], in[Second], parameter) : kept_value<Op>(in[Main], in[First]);
   }
 };
 

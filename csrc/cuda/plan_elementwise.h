@@ -75,8 +75,8 @@ ElementwiseParams<M, uint32_t> plan_unaligned(const Problem& problem, int width,
       const bool in_step = (position(arg) - int64_t(params.head)) % (16 / item_size(arg)) == 0;
       accessor.step = uint64_t(arg.strides[0]);
       accessor.mode = is_contiguous(arg, shape) && in_step ? AccessMode::Vector
-                      : arg.strides[0] == 0              ? AccessMode::Broadcast
-                                                         : AccessMode::Elements;
+                      : arg.strides[0] == 0                ? AccessMode::Broadcast
+                                                           : AccessMode::Elements;
     }
   }
   return params;

@@ -114,8 +114,8 @@ struct Chunks {
   int64_t count = 1, size = 1;
 };
 
-inline Chunks cut_loop(const ReductionDims& dims, const BlockShape& block, int64_t bytes_per_chunk, int64_t budget,
-                       int unroll, int64_t target_blocks) {
+inline Chunks cut_loop(const ReductionDims& dims, const BlockShape& block, int64_t bytes_per_chunk, int64_t budget, int unroll,
+                       int64_t target_blocks) {
   int64_t count = std::max<int64_t>(target_blocks / (block.column_blocks * block.outer_blocks), 1);
   count = std::min(count, std::max<int64_t>(dims.loop_count / (block.lanes * unroll * 2), 1));
   count = std::min(count, std::max<int64_t>(budget / bytes_per_chunk, 1));
@@ -134,8 +134,7 @@ inline int64_t choose_run(int64_t rounds, int64_t terms) {
 }
 
 template <class M, class I>
-void set_grid(Reduction<M, I>& plan, const ReductionDims& dims, const BlockShape& block, const Chunks& chunks,
-              int unroll) {
+void set_grid(Reduction<M, I>& plan, const ReductionDims& dims, const BlockShape& block, const Chunks& chunks, int unroll) {
   const int64_t round = block.lanes * unroll;
   ReduceParams<M, I>& params = plan.params;
   params.log_columns = block.log_columns;
@@ -153,8 +152,7 @@ void set_grid(Reduction<M, I>& plan, const ReductionDims& dims, const BlockShape
 
 // How the tensors of the problem are walked.
 template <class M, class I>
-void set_accesses(Reduction<M, I>& plan, const Problem& problem, const ReductionDims& dims, const Chunks& chunks,
-                  int width) {
+void set_accesses(Reduction<M, I>& plan, const Problem& problem, const ReductionDims& dims, const Chunks& chunks, int width) {
   const Shape& shape = problem.shape;
   ReduceParams<M, I>& params = plan.params;
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -204,8 +202,8 @@ void place_final(Reduction<M, I>& plan, int i, const Problem& problem, const Arg
 // Derivative sums lie in rows of all results; a row for each chunk, column block and position in the outer dimensions that
 // this sum runs over.
 template <class M, class I>
-void place_partials(Reduction<M, I>& plan, int i, const Shape& shape, const SumTargets& targets,
-                    const ReductionDims& dims, const BlockShape& block, const Chunks& chunks, const Spread& spread) {
+void place_partials(Reduction<M, I>& plan, int i, const Shape& shape, const SumTargets& targets, const ReductionDims& dims,
+                    const BlockShape& block, const Chunks& chunks, const Spread& spread) {
   Sum& sum = plan.params.sums[i];
   const int64_t row_blocks = sum.per_column ? 1 : block.column_blocks;
   sum.store = Store::Accumulator;
@@ -255,7 +253,7 @@ void add_up_partials(Reduction<M, I>& plan, int i, const Problem& problem, const
 
 template <class T, class I>
 Reduction<OpMath<T>, I> plan_reduction(const Problem& problem, const SumTargets& targets, int width, int unroll,
-                                     int64_t target_blocks) {
+                                       int64_t target_blocks) {
   using M = OpMath<T>;
   const Shape& shape = problem.shape;
   const ReductionDims dims = sort_dims(shape, targets, width);

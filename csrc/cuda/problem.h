@@ -13,7 +13,9 @@ struct Problem {
   bool present[kSlots] = {}; // as an operand that is read or written, number or tensor
 };
 
-inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_divide(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 inline uint32_t floor_log2(int64_t n) {
   uint32_t log = 0;
@@ -32,7 +34,9 @@ inline bool is_tensor(const Problem& problem, int slot) {
   return problem.present[slot] && problem.args[slot].data != nullptr;
 }
 
-inline int64_t item_size(const Arg& arg) { return dtype_size[int(arg.dtype)]; }
+inline int64_t item_size(const Arg& arg) {
+  return dtype_size[int(arg.dtype)];
+}
 
 inline bool is_broadcast(const Arg& arg, const Shape& shape) {
   for (int d = 0; d < shape.ndim; ++d) {

@@ -28,7 +28,7 @@ struct Reduce {
   using Element = T;
   using M = OpMath<T>;
   using Params = ReduceParams<M, I>;
-  static constexpr int U = kReduceUnroll<T, Mixed, V, I, Functor::reads_first && Functor::reads_second>;
+  static constexpr int U = kReduceUnroll<T, Mixed, V, I, (Functor::reads_first && Functor::reads_second)>;
 
   struct Shared {
     M sums[2][V][kThreads];
@@ -129,8 +129,7 @@ struct Reduce {
     }
   }
 
-  SI_INLINE static void round(const Params& p, const uint64_t (&base)[kSlots + 2], I start, I lanes, I end,
-                              M (&sums)[2][V]) {
+  SI_INLINE static void round(const Params& p, const uint64_t (&base)[kSlots + 2], I start, I lanes, I end, M (&sums)[2][V]) {
     I index[U];
     bool live[U];
     I offsets[U][kIns] = {};

@@ -38,7 +38,9 @@ inline constexpr bool kMayMix = sizeof(T) == 2;
 
 // Vectors that a thread has in flight. More would cost so many registers that fewer threads fit.
 template <class T, bool Mixed, int V>
-inline constexpr int kElementwiseUnroll = V == 1 && sizeof(T) <= 4 ? 4 : Mixed || sizeof(T) == 16 ? 2 : 4;
+inline constexpr int kElementwiseUnroll = V == 1 && sizeof(T) <= 4   ? 4
+                                          : Mixed || sizeof(T) == 16 ? 2
+                                                                     : 4;
 
 constexpr int kUnalignedUnroll = 2;
 

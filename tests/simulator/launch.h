@@ -11,20 +11,14 @@ namespace safe_inplace::simulator {
 
 class HostLauncher {
  public:
-  int64_t index_limit() const {
-    return simulation_.index_limit;
-  }
+  int64_t index_limit() const { return simulation_.index_limit; }
 
-  int64_t target_blocks() const {
-    return simulation_.target_blocks;
-  }
+  int64_t target_blocks() const { return simulation_.target_blocks; }
 
   template <class Kernel>
   void elementwise(const typename Kernel::Params& params, int64_t blocks, const cuda::Trace& trace) {
     record({trace, blocks});
-    each(blocks, [&](uint32_t block) {
-      each(cuda::kThreads, [&](uint32_t thread) { Kernel::run(params, block, thread); });
-    });
+    each(blocks, [&](uint32_t block) { each(cuda::kThreads, [&](uint32_t thread) { Kernel::run(params, block, thread); }); });
   }
 
   template <class Kernel>
@@ -44,9 +38,7 @@ class HostLauncher {
 
   struct Workspace {
     std::unique_ptr<char[]> memory;
-    void* data() const {
-      return memory.get();
-    }
+    void* data() const { return memory.get(); }
   };
   Workspace workspace(int64_t bytes) {
     Workspace workspace{std::make_unique<char[]>(size_t(bytes))};
