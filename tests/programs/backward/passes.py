@@ -114,19 +114,18 @@ class Grad(Step, engine.Producer):
         source, inputs = run[self.source], run.operands(self.inputs)
         if not source.requires_grad:
             return torch.zeros_like(inputs[0])
-        given = run.give(run[self.given])
         grads = torch.autograd.grad(
             source,
             inputs,
-            given,
+            run.give(run[self.given]),
             retain_graph=self.retain_graph or self.create_graph,
             create_graph=self.create_graph,
             allow_unused=True,
         )
         run.returns(grads)
         first = torch.zeros_like(inputs[0]) if grads[0] is None else grads[0]
-        # What was given may come back as it is; in the reference it never does.
-        return first.clone() if first is given else first
+        # Of its own: what was given may come back as it is from one run's nodes, and copied from another's.
+        return first.clone()
 
 
 class Batched(Step):
