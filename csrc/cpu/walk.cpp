@@ -35,6 +35,22 @@ void load_opmath(DType dtype, const char* data, void* out) {
   with_dtype(dtype, [&]<class T>(T) { *static_cast<OpMath<T>*>(out) = widen(*reinterpret_cast<const T*>(data)); });
 }
 
+const char* read_block(const Shape& shape, const Arg& arg, const Index& index, int64_t rows, int64_t n, char* buffer,
+                       int64_t& stride) {
+  const char* const data = address(arg, offset_of(shape, arg, index));
+  const int64_t row_stride = shape.ndim > 1 ? arg.strides[1] : 0;
+  if (arg.strides[0] == 1 || n == 1) {
+    stride = row_stride;
+    return data;
+  }
+  const int64_t size = dtype_size[int(arg.dtype)];
+  for (int64_t row = 0; row < rows; ++row) {
+    copy_strided(arg.dtype, buffer + row * n * size, 1, data + row * row_stride * size, arg.strides[0], n);
+  }
+  stride = n;
+  return buffer;
+}
+
 const void* one_per_row(const Arg& arg, const char* from, int64_t row_stride, int64_t rows, char* buffer, int64_t& stride) {
   const DType math = opmath_dtype(arg.dtype);
   if (arg.dtype == math) {

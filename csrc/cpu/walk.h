@@ -107,6 +107,11 @@ inline char* address(const Arg& arg, int64_t offset) {
   return static_cast<char*>(arg.data) + offset * dtype_size[int(arg.dtype)];
 }
 
+// Where the `rows` rows of n elements at index stand, contiguous along the row (through the buffer if they are not),
+// and the stride from row to row.
+const char* read_block(const Shape& shape, const Arg& arg, const Index& index, int64_t rows, int64_t n, char* buffer,
+                       int64_t& stride);
+
 // What does not vary along a row: its values for some rows, in the arithmetic dtype.
 const void* one_per_row(const Arg& arg, const char* from, int64_t row_stride, int64_t rows, char* buffer, int64_t& stride);
 

@@ -72,7 +72,8 @@ class NodeHook(Building):
         def post(grad_inputs, grad_outputs):
             for grad in (*grad_inputs, *grad_outputs):
                 if grad is not None and not run.vectorized:
-                    run.stash(label, grad, compared=False)
+                    # What the node made: a leaf behind a view of torch's takes it over all the same.
+                    run.stash(label, grad, alias=any(grad is made for made in grad_inputs), compared=False)
 
         if node is not None:
             node.register_hook(post) if self.kind == "post" else node.register_prehook(pre)

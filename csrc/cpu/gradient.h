@@ -1,0 +1,34 @@
+// One gradient of a backward pass, and how its sum is kept exact.
+#pragma once
+
+#include "walk.h"
+
+namespace safe_inplace {
+
+// Sums are added up in levels, each in chains of about this many terms. A running sum of n equal terms may be off by n/2
+// units in the last place, for its roundings all go one way; this way the error grows with the logarithm of n. The
+// longest chains: in a block, 32 (a row in vector registers, or 16 groups of four rows, or 32 sums of 32 rows); of blocks,
+// 16 at each level, and three levels for 2^26 elements; of chunks, 8 and 8.
+constexpr int64_t kChain = 16;
+constexpr int64_t kFinishChain = 8;
+
+// One gradient of the backward pass.
+struct Gradient {
+  int position = 0; // of the operand: input, first, second
+  const Arg* out = nullptr;
+  const Arg* factor = nullptr; // null: nothing to multiply by but the number
+  RowFactor factor_kind = kNoFactor;
+  bool reduced = false;
+  int turn = 0; // what is written over the kept value follows its readers, what is written over the gradient is last
+  bool copied = false; // stored through a buffer
+  RowTarget target = kStoreOwn;
+  char* sums = nullptr; // partial sums of all chunks, in the arithmetic dtype, one level after the other
+  int64_t sums_per_chunk = 0; // elements; 0: the chunks own disjoint parts
+  int levels = 1;
+  int64_t run = 1; // visits to an element's first level until that is moved on
+  // The dot product with a block's numbers along each dimension counts the visits to the block's elements before it.
+  Index visits = {};
+  alignas(16) char multiplier[16];
+};
+
+} // namespace safe_inplace
