@@ -17,7 +17,7 @@
 
 #include "backend.h"
 #include "digest.h"
-#include "guard.h"
+#include "guard/module.h"
 #include "library.h"
 #include "node.h"
 
@@ -332,7 +332,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });
   m.def("register_backend", register_backend, py::arg("backend"));
-  if (!bind_guard(m.ptr())) {
+  if (!guard::bind(m.ptr())) {
     throw py::error_already_set();
   }
   m.def(

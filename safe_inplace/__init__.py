@@ -6,7 +6,7 @@ from ._build import require_matching_build
 
 require_matching_build()
 
-from .guard import HazardError, HazardWarning, Site, guard  # noqa: E402
+from ._guard import HazardError, HazardWarning, Site, guard  # noqa: E402
 from .ops import add_, add_mul_, addcmul_, mul_, mul_add_  # noqa: E402
 
 __all__ = [

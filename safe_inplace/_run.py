@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from .guard import _MODES, HazardError, guard
+from ._guard import HazardError, guard
+from ._guard.modes import MODES
 
-_GUARD = guard.__init__.__code__.co_filename
+_GUARD = os.path.dirname(guard.__init__.__code__.co_filename) + os.sep
 
 
 def _wants_color(stream: Any) -> bool:
@@ -27,7 +28,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--on-hazard",
-        choices=tuple(_MODES),
+        choices=tuple(MODES),
         default="raise",
         help="stop at the first hazard (raise, the default), only tell (warn), repair each by a copy (copy), or stop where "
         "backward asks for a value that was overwritten (defer)",
@@ -58,7 +59,8 @@ def _print_exception(error: BaseException) -> None:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<frozen ") and frame.filename not in (__file__, runpy.__file__, _GUARD)
+        if not frame.filename.startswith("<frozen ") and frame.filename not in (__file__, runpy.__file__)
+        and not frame.filename.startswith(_GUARD)
     ]
     if isinstance(error, HazardError):
         print("Traceback (most recent call last):", file=sys.stderr)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from safe_inplace import _C, HazardError, HazardWarning, guard
+from safe_inplace._guard.findings import Findings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -316,7 +317,7 @@ def test_a_saved_tensor_is_not_swapped_as_in_torch(mode, grad):
 
 @pytest.mark.parametrize("mode", ["warn", "copy", "defer"])
 def test_a_graph_that_is_collected_while_a_write_to_its_value_is_judged(mode, monkeypatch):
-    judge = guard._note
+    judge = Findings.note
 
     def collecting(*arguments):
         note = judge(*arguments)
@@ -324,7 +325,7 @@ def test_a_graph_that_is_collected_while_a_write_to_its_value_is_judged(mode, mo
         assert graph() is None
         return note
 
-    monkeypatch.setattr(guard, "_note", collecting)
+    monkeypatch.setattr(Findings, "note", collecting)
     gc.collect()
     before = _C.guard_live()
     with guard(mode) as watched, warnings.catch_warnings(record=True):

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import safe_inplace
 from safe_inplace import HazardError, HazardWarning, guard
+from safe_inplace._guard import say
 
 ROOT = Path(__file__).resolve().parents[2]
 ON = pytest.mark.parametrize("verify", [False, True], ids=["", "verify"])
@@ -277,7 +278,7 @@ def test_what_a_recomputation_saves_goes_with_it():
 
 
 def test_other_hooks_are_said_once(monkeypatch):
-    monkeypatch.setattr(sys.modules["safe_inplace.guard"], "_said", set())
+    monkeypatch.setattr(say, "_said", set())
     with pytest.warns(UserWarning, match="other saved-tensor hooks") as caught, guard():
         for _ in range(3):
             with torch.autograd.graph.save_on_cpu():
@@ -288,7 +289,7 @@ def test_other_hooks_are_said_once(monkeypatch):
 
 
 def test_hooks_around_a_guard_are_said_once(monkeypatch):
-    monkeypatch.setattr(sys.modules["safe_inplace.guard"], "_said", set())
+    monkeypatch.setattr(say, "_said", set())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         for times in (1, 0):
             with warnings.catch_warnings(record=True) as caught:

@@ -44,7 +44,7 @@ class Strict(guard):
 
     def _on_write(self, saved, op, place, update):
         if self.on_hazard == "raise":
-            raise HazardError(self._found(self._note("overwritten", saved[0], op, place), saved[0]))
+            raise HazardError(self._findings.found(self._findings.note("overwritten", saved[0], op, place), saved[0]))
         return super()._on_write(saved, op, place, update)
 
 
@@ -73,8 +73,8 @@ class Late(guard):
 class Jumpy(guard):
     """Stops where a version has risen beside a saved value, though copy would let it pass."""
 
-    def _on_version(self, saved, op, place, update):
-        return [self._on_stale(entry) for entry in saved]
+    def _on_version(self, saved, op, place):
+        self._on_stale(saved)
 
 
 class Stops(guard):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from . import _C
+from .. import _C
 
 # Of each module that was found: the one that holds it, and its name there.
 _parents: weakref.WeakKeyDictionary[Module, list[tuple[weakref.ref[Module], str]]] = weakref.WeakKeyDictionary()

@@ -8,21 +8,20 @@ holds its only reference, and no other tensor shares its memory but what the gra
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
-import linecache
 import os
 import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 
-from . import _C
+from .. import _C
+from .lookup import HANDLE, UNKNOWN, value_in, variables_of
+from .syntax import calls, dump, loaded, method_call, path_to, reads, replaced, seen_through, stored, text_of, written_by
 
 _METHODS: dict[type[ast.operator], str] = {
     ast.Add: "add_",
@@ -41,21 +40,7 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.
 # What runs another time, another place or not as code: an assignment in there binds another name, or is none.
 _APART = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.JoinedStr)
 _FUNCTIONAL = torch.nn.functional.__file__
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_UNKNOWN = object()
-
-
-def _references_of_a_handle() -> int:
-    """From some version on, a handle in C++ beside the Python object's own holds a reference to that object."""
-    tensor = torch.zeros(1)
-    before = sys.getrefcount(tensor)
-    view = tensor.view(1)
-    more = sys.getrefcount(tensor) - before
-    del view
-    return more
-
-
-_HANDLE = _references_of_a_handle()
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 @dataclass(frozen=True)
@@ -64,104 +49,6 @@ class Rewritten:
     clone: str | None = None  # what to clone() in front of it, where it assigns to a part of a tensor
     parameter: bool = False  # it updates a parameter: out of place it would update nothing
     leaf: bool = False  # torch itself will refuse: a leaf that requires grad, with grad mode on
-
-
-@functools.lru_cache(maxsize=8)
-def _tree(text: str) -> ast.Module | None:
-    try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError):  # not the source of a Python program
-        return None
-
-
-def _path(code: CodeType | None, instruction: int) -> list[ast.AST]:
-    """The syntax tree from the module down to the node that the instruction belongs to; nothing where that is not known."""
-    if code is None:
-        return []
-    position = next(islice(code.co_positions(), max(instruction, 0) // 2, None), (None,) * 4)
-    line, end_line, column, end_column = position
-    tree = _tree("".join(linecache.getlines(code.co_filename)))
-    if tree is None or line is None or end_line is None or column is None or end_column is None:
-        return []
-    end = (end_line, end_column)
-    path: list[ast.AST] = [tree]
-    while True:
-        inside = [child for child in ast.iter_child_nodes(path[-1]) if _begin(child) < end <= _end(child)]
-        if not inside:
-            break
-        path.append(inside[0])
-    while len(path) > 1:
-        node = path[-1]
-        if _end(node) == end and isinstance(node, (ast.AugAssign, ast.Subscript, ast.Call)):
-            # A method called over several lines is placed at its name.
-            moved = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and line == node.func.end_lineno
-            if _begin(node) == (line, column) or (moved and line != node.lineno):
-                return path
-        path.pop()
-    return []
-
-
-def _begin(node: ast.AST) -> tuple[int, int]:
-    return (node.lineno, node.col_offset) if hasattr(node, "col_offset") else (sys.maxsize, 0)  # type: ignore[attr-defined]
-
-
-def _end(node: ast.AST) -> tuple[int, int]:
-    return (node.end_lineno, node.end_col_offset) if hasattr(node, "end_col_offset") else (0, 0)  # type: ignore[attr-defined]
-
-
-def _variables(frame: FrameType) -> dict[str, Any]:
-    """The frame's variables: a function's are copied. Before Python 3.13 asking for them leaves another copy in the frame, which
-    would keep them alive for as long as it runs."""
-    found = frame.f_locals
-    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        return found
-    variables = dict(found)
-    if sys.version_info < (3, 13) and sys.getrefcount(found) <= 3:  # the frame, this name, the call: nobody else has seen it
-        found.clear()
-    return variables
-
-
-def _value(node: ast.expr, variables: dict[str, Any], names: dict[str, Any]) -> Any:
-    """What the expression stands for, as far as that can be read without running any of the user's code."""
-    if isinstance(node, ast.Name):
-        return variables.get(node.id, names.get(node.id, _UNKNOWN))
-    if isinstance(node, ast.Attribute):
-        owner = _value(node.value, variables, names)
-        if owner is _UNKNOWN or isinstance(owner, torch.Tensor) or _is_data_descriptor(type(owner), node.attr):
-            return _UNKNOWN
-        attributes = getattr(owner, "__dict__", {})
-        tables = [attributes]
-        if isinstance(owner, torch.nn.Module):
-            tables += [attributes.get(table, {}) for table in ("_parameters", "_buffers", "_modules")]
-        return next((table[node.attr] for table in tables if node.attr in table), _UNKNOWN)
-    if isinstance(node, ast.Subscript):
-        owner, key = _value(node.value, variables, names), _key(node.slice, variables, names)
-        if type(owner) is list and type(key) is int and -len(owner) <= key < len(owner):
-            return owner[key]
-        if type(owner) is dict and type(key) in (int, str) and key in owner:
-            return owner[key]
-    return _UNKNOWN
-
-
-def _key(node: ast.expr, variables: dict[str, Any], names: dict[str, Any]) -> Any:
-    """A key that is the same when it is read twice."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return _value(node, variables, names)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        inner = _key(node.operand, variables, names)
-        return -inner if type(inner) is int else _UNKNOWN
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
-        left, right = _key(node.left, variables, names), _key(node.right, variables, names)
-        if type(left) is int and type(right) is int:
-            return left + right if isinstance(node.op, ast.Add) else left - right
-    return _UNKNOWN
-
-
-def _is_data_descriptor(owner: type, name: str) -> bool:
-    found = inspect.getattr_static(owner, name, None)
-    return hasattr(type(found), "__set__") or hasattr(type(found), "__delete__")
 
 
 def _is_parameter(value: Any) -> bool:
@@ -173,29 +60,6 @@ def _of_a_leaf(tensor: torch.Tensor) -> bool:
     return base is not None and base.is_leaf and base.requires_grad
 
 
-def _seen_through(node: ast.expr) -> ast.expr:
-    """x, of x.data, x.detach() and x[0]."""
-    while True:
-        if isinstance(node, ast.Subscript) or (isinstance(node, ast.Attribute) and node.attr == "data"):
-            node = node.value
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("detach", "view"):
-            node = node.func.value
-        else:
-            return node
-
-
-def _dump(node: ast.AST) -> str:
-    return ast.dump(node).replace("Store()", "Load()")
-
-
-def _reads(node: ast.AST, name: str) -> list[ast.AST]:
-    return [found for found in ast.walk(node) if isinstance(found, ast.expr) and _dump(found) == name]
-
-
-def _calls(node: ast.AST) -> bool:
-    return any(isinstance(found, (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)) for found in ast.walk(node))
-
-
 class _Write:
     """One write: the frame that makes it, its syntax, and what the operator was called with."""
 
@@ -205,7 +69,7 @@ class _Write:
         at = max(i for i, node in enumerate(path) if isinstance(node, ast.stmt))
         self.statement, self.inner = path[at], path[at + 1 :]
         self.above = path[:at]
-        self.variables, self.globals = _variables(frame), frame.f_globals
+        self.variables, self.globals = variables_of(frame), frame.f_globals
         self.at_module_level = self.variables is self.globals
         arguments = _C.guard_arguments()
         self.known = bool(arguments)
@@ -219,7 +83,7 @@ class _Write:
         )
 
     def value(self, node: ast.expr) -> Any:
-        return _value(node, self.variables, self.globals)
+        return value_in(node, self.variables, self.globals)
 
     def between(self) -> list[FrameType]:
         """The Python frames between the writing one and the operator."""
@@ -253,7 +117,7 @@ class _Write:
             return False
         copied = isinstance(slot, ast.Name) and not self.at_module_level
         # The slot and its copy, the stacks, `kept` and this call.
-        expected = 1 + copied + held + 2 + (_HANDLE if kept[0]._use_count() > 1 else 0)  # type: ignore[attr-defined]
+        expected = 1 + copied + held + 2 + (HANDLE if kept[0]._use_count() > 1 else 0)  # type: ignore[attr-defined]
         return sys.getrefcount(kept[0]) == expected and self._is_fresh(slot)
 
     def _is_a_place_of_its_own(self, slot: ast.expr) -> bool:
@@ -269,7 +133,7 @@ class _Write:
 
     def _is_fresh(self, slot: ast.expr) -> bool:
         """No other run of the statement finds in the slot what something else has come to know since."""
-        name = _dump(slot)
+        name = dump(slot)
         code = self.frame.f_code
         arguments = code.co_argcount + code.co_kwonlyargcount + len([f for f in (4, 8) if code.co_flags & f])
         argument = isinstance(slot, ast.Name) and slot.id in code.co_varnames[:arguments]
@@ -277,13 +141,13 @@ class _Write:
         for parent in reversed(self.above):
             blocks = [block for _, block in ast.iter_fields(parent) if isinstance(block, list) and child in block]
             if any(
-                isinstance(node, ast.Assign) and any(_dump(target) == name for target in node.targets)
+                isinstance(node, ast.Assign) and any(dump(target) == name for target in node.targets)
                 for block in blocks
                 for node in block[: block.index(child)]
             ):
                 return True
             if isinstance(parent, _LOOPS):
-                if isinstance(parent, (ast.For, ast.AsyncFor)) and _reads(parent.target, name):
+                if isinstance(parent, (ast.For, ast.AsyncFor)) and reads(parent.target, name):
                     return True
                 if not self._stays_inside(parent, slot, name):
                     return False
@@ -301,33 +165,33 @@ class _Write:
         if not isinstance(self.statement, (ast.Expr, ast.AugAssign)) and not isinstance(self.node, ast.Subscript):
             return False
         if self.at_module_level and any(
-            _reads(node, name) for node in ast.walk(self.path[0]) if isinstance(node, (ast.FunctionDef, ast.Lambda))
+            reads(node, name) for node in ast.walk(self.path[0]) if isinstance(node, (ast.FunctionDef, ast.Lambda))
         ):
             return False
-        harmless = {id(node) for node in _written_by(self.node)}
+        harmless = {id(node) for node in written_by(self.node)}
         for parent in ast.walk(loop):
             for child in ast.iter_child_nodes(parent):
                 inner = child.value if isinstance(child, ast.Subscript) else child
                 if isinstance(parent, (ast.BinOp, ast.UnaryOp, ast.Compare)):
                     harmless.add(id(inner))
-        return all(id(node) in harmless for node in _reads(loop, name))
+        return all(id(node) in harmless for node in reads(loop, name))
 
     # -- the forms
 
     def _written_by_name(self) -> Iterator[ast.expr]:
         """What the statement writes, or may write."""
         node = self.node
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self.value(node.func) is _UNKNOWN:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self.value(node.func) is UNKNOWN:
             yield node.func.value
             return
         if isinstance(node, ast.Call):
             yield from node.args[:1]
             yield from (keyword.value for keyword in node.keywords if keyword.arg == "out")
         else:
-            yield from _written_by(node)
+            yield from written_by(node)
 
     def out_of_place(self) -> Rewritten:
-        if any(_is_parameter(self.value(_seen_through(written))) for written in self._written_by_name()):
+        if any(_is_parameter(self.value(seen_through(written))) for written in self._written_by_name()):
             return Rewritten(parameter=True)
         if not self.known or any(isinstance(node, _APART) for node in self.inner):
             return Rewritten()
@@ -345,7 +209,7 @@ class _Write:
         method = _METHODS.get(type(statement.op))
         if method is None or self.between():
             return Rewritten()
-        load = _loaded(target)
+        load = loaded(target)
         if isinstance(target, ast.Subscript) and type(self.value(target.value)) not in (list, dict):
             return self._part(target, statement.value, held=1, augmented=statement.op)
         if not self.may_rebind(load, held=1):
@@ -353,8 +217,8 @@ class _Write:
         if self._pure(method) is not None:
             value: ast.expr = ast.BinOp(load, statement.op, statement.value)
         else:
-            value = _method(_method(load, "clone", []), method, [statement.value])
-        return Rewritten(_text(ast.Assign([target], value)))
+            value = method_call(method_call(load, "clone", []), method, [statement.value])
+        return Rewritten(text_of(ast.Assign([target], value)))
 
     def _part(
         self, target: ast.Subscript, value: ast.expr, held: int, augmented: ast.operator | None = None
@@ -362,31 +226,31 @@ class _Write:
         """An assignment to a part of the tensor."""
         if self.between() or not isinstance(target.value, ast.expr):
             return Rewritten()
-        slot = _loaded(target.value)
+        slot = loaded(target.value)
         kept = self.value(slot)
         whole = isinstance(kept, torch.Tensor) and id(kept) in self.written
         del kept
         if not self.may_rebind(slot, held, views=0 if whole else 1):
             return Rewritten()
-        name = _dump(slot)
-        if not _calls(value) and not _calls(target.slice) and not _reads(value, name) and not _reads(target.slice, name):
+        name = dump(slot)
+        if not calls(value) and not calls(target.slice) and not reads(value, name) and not reads(target.slice, name):
             return Rewritten(clone=ast.unparse(slot))
         # The value and the index first, of what there was: what they save is not what is written.
         new, index = self._unused_names("new", "index")
         steps = []
         at: ast.expr = target
-        if _calls(target.slice) or _reads(target.slice, name):
+        if calls(target.slice) or reads(target.slice, name):
             if augmented is not None or any(isinstance(node, ast.Slice) for node in ast.walk(target.slice)):
                 return Rewritten()
             at = ast.Subscript(target.value, ast.Name(index, ast.Load()), ast.Store())
             steps = [ast.Assign([ast.Name(index, ast.Store())], target.slice)]
         if augmented is not None:
-            value = ast.BinOp(_loaded(target), augmented, value)
-        if steps == [] or _calls(value) or _reads(value, name):
+            value = ast.BinOp(loaded(target), augmented, value)
+        if steps == [] or calls(value) or reads(value, name):
             steps.insert(0, ast.Assign([ast.Name(new, ast.Store())], value))
             value = ast.Name(new, ast.Load())
-        steps += [ast.Assign([target.value], _method(slot, "clone", [])), ast.Assign([at], value)]
-        return Rewritten("; ".join(map(_text, steps)))
+        steps += [ast.Assign([target.value], method_call(slot, "clone", [])), ast.Assign([at], value)]
+        return Rewritten("; ".join(map(text_of, steps)))
 
     def _unused_names(self, *wanted: str) -> list[str]:
         code = self.frame.f_code
@@ -432,16 +296,16 @@ class _Write:
             return self._placed(call, call.args[0], ast.Call(call.func, call.args, keywords), saves_result=True)
         if switch or any(isinstance(argument, ast.Starred) for argument in call.args):
             return Rewritten()
-        if function is _UNKNOWN and isinstance(call.func, ast.Attribute):
+        if function is UNKNOWN and isinstance(call.func, ast.Attribute):
             slot, method = call.func.value, call.func.attr
             if not method.endswith("_") or method.endswith("__") or not hasattr(torch.Tensor, method):
                 return Rewritten()
-            if isinstance(slot, ast.Subscript) and self.value(slot) is _UNKNOWN:
+            if isinstance(slot, ast.Subscript) and self.value(slot) is UNKNOWN:
                 return self._part_called(slot, call)
             if not self.may_rebind(slot, held=1):
                 return Rewritten()
             pure = self._pure(method) if hasattr(torch.Tensor, method[:-1]) else None
-            owner = slot if pure else _method(slot, "clone", [])
+            owner = slot if pure else method_call(slot, "clone", [])
             new = ast.Call(ast.Attribute(owner, pure or method, ast.Load()), call.args, call.keywords)
             return self._placed(call, slot, new, saves_result=(pure or method.rstrip("_")) not in _ARITHMETIC)
         return self._function(call, function)
@@ -451,9 +315,9 @@ class _Write:
 
     def _part_called(self, part: ast.Subscript, call: ast.Call) -> Rewritten:
         """h[0].op_(...)"""
-        name = _dump(part.value)
+        name = dump(part.value)
         inside = [part.slice, *call.args, *(keyword.value for keyword in call.keywords)]
-        if not isinstance(self.statement, ast.Expr) or any(_calls(node) or _reads(node, name) for node in inside):
+        if not isinstance(self.statement, ast.Expr) or any(calls(node) or reads(node, name) for node in inside):
             return Rewritten()
         if self.statement.value is not call or not self.may_rebind(part.value, held=0, views=1):
             return Rewritten()
@@ -461,8 +325,8 @@ class _Write:
 
     def _function(self, call: ast.Call, function: Any) -> Rewritten:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        ours = sys.modules[__package__]
-        spaces = [space for space in (ours, torch, torch.nn.functional) if getattr(space, name, _UNKNOWN) is function]
+        ours = sys.modules["safe_inplace"]
+        spaces = [space for space in (ours, torch, torch.nn.functional) if getattr(space, name, UNKNOWN) is function]
         if not spaces or not call.args or not name.endswith("_") or name.endswith("__"):
             return Rewritten()
         first = call.args[0]
@@ -473,7 +337,7 @@ class _Write:
         called = call.func
         if pure is not None and isinstance(call.func, ast.Attribute):
             called = ast.Attribute(call.func.value, pure, ast.Load())
-        new_first = first if pure else _method(first, "clone", [])
+        new_first = first if pure else method_call(first, "clone", [])
         new = ast.Call(called, [new_first, *call.args[1:]], call.keywords)
         return self._placed(call, first, new, saves_result=name.rstrip("_") not in _ARITHMETIC)
 
@@ -481,29 +345,29 @@ class _Write:
         """`new` in the statement, where `call` stood, and its value bound to `slot`."""
         old, statement = self._chain(call)
         if old is not call and saves_result:
-            new = _method(new, "clone", [])  # the next of the chain writes to it
-        new = _replaced(old, call, new)
-        name = _dump(slot)
+            new = method_call(new, "clone", [])  # the next of the chain writes to it
+        new = replaced(old, call, new)
+        name = dump(slot)
         whole = getattr(statement, "value", None) is old
-        store = _stored(slot)
-        others = [node for node in _reads(statement, name) if node is not slot]
+        store = stored(slot)
+        others = [node for node in reads(statement, name) if node is not slot]
         if isinstance(statement, ast.Expr) and whole:
-            return Rewritten(_text(ast.Assign([store], new)))
+            return Rewritten(text_of(ast.Assign([store], new)))
         if isinstance(statement, ast.Assign):
-            if any(_reads(target, name) for target in statement.targets):
+            if any(reads(target, name) for target in statement.targets):
                 # The statement binds the name itself, and reads it nowhere else.
                 targets = [node for target in statement.targets for node in ast.walk(target)]
                 if all(node in targets and isinstance(getattr(node, "ctx", None), ast.Store) for node in others):
-                    return Rewritten(_text(_replaced(statement, old, new)))
+                    return Rewritten(text_of(replaced(statement, old, new)))
             elif whole:
-                return Rewritten(_text(ast.Assign([store, *statement.targets], new)))
+                return Rewritten(text_of(ast.Assign([store, *statement.targets], new)))
         code = self.frame.f_code
         local = isinstance(slot, ast.Name) and slot.id not in code.co_cellvars
         if isinstance(statement, ast.Return) and whole and local and not any(isinstance(n, ast.Try) for n in self.above):
-            return Rewritten(_text(ast.Return(new)))
+            return Rewritten(text_of(ast.Return(new)))
         if not isinstance(slot, ast.Name):
             return Rewritten()
-        return Rewritten(_text(_replaced(statement, old, ast.NamedExpr(store, new))))  # type: ignore[arg-type]
+        return Rewritten(text_of(replaced(statement, old, ast.NamedExpr(store, new))))  # type: ignore[arg-type]
 
     def _chain(self, call: ast.Call) -> tuple[ast.expr, ast.stmt]:
         """x.op_() with the methods called on it that return x again, and the statement."""
@@ -519,52 +383,11 @@ class _Write:
         return chain, self.statement
 
 
-def _written_by(node: ast.AST) -> Iterator[ast.expr]:
-    """The expression that stands for what a node writes."""
-    if isinstance(node, ast.AugAssign):
-        yield node.target.value if isinstance(node.target, ast.Subscript) else node.target
-    elif isinstance(node, ast.Subscript):
-        yield node.value
-    elif isinstance(node, ast.Call):
-        if isinstance(node.func, ast.Attribute):
-            yield node.func.value.value if isinstance(node.func.value, ast.Subscript) else node.func.value
-        if node.args:
-            yield node.args[0]
-
-
-def _replaced(tree: Any, old: ast.AST, new: ast.AST) -> Any:
-    """A copy of the tree: the tree itself is kept for the next report."""
-    if tree is old:
-        return new
-    if isinstance(tree, list):
-        return [_replaced(item, old, new) for item in tree]
-    if not isinstance(tree, ast.AST):
-        return tree
-    return type(tree)(**{name: _replaced(value, old, new) for name, value in ast.iter_fields(tree)})
-
-
-def _loaded(node: ast.expr) -> ast.expr:
-    return ast.parse(ast.unparse(node), mode="eval").body
-
-
-def _stored(node: ast.expr) -> ast.expr:
-    (statement,) = ast.parse(f"{ast.unparse(node)} = 0").body
-    return statement.targets[0]  # type: ignore[attr-defined]
-
-
-def _method(owner: ast.expr, name: str, arguments: list[ast.expr]) -> ast.Call:
-    return ast.Call(ast.Attribute(owner, name, ast.Load()), arguments, [])
-
-
-def _text(statement: ast.stmt) -> str:
-    return ast.unparse(ast.fix_missing_locations(statement))
-
-
 def out_of_place(code: CodeType | None, instruction: int, op: str, frame: FrameType | None) -> Rewritten:
     """The statement at an instruction of `code`, which runs in `frame` and is about to write with the operator `op`."""
     if torch.is_grad_enabled() and any(is_written and _of_a_leaf(tensor) for tensor, is_written in _C.guard_arguments()):
         return Rewritten(parameter=True, leaf=True)
-    path = _path(code, instruction)
+    path = path_to(code, instruction)
     if frame is None or not any(isinstance(node, ast.stmt) for node in path):
         return Rewritten()
     return _Write(frame, path, op).out_of_place()

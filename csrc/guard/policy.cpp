@@ -1,0 +1,112 @@
+// The policy of a thread, and the calls of its methods.
+#include "guard/policy.h"
+
+#include <memory>
+#include <string>
+
+#include <ATen/ThreadLocalPythonObjects.h>
+#include <torch/csrc/PyInterpreter.h>
+
+namespace safe_inplace::guard {
+namespace {
+
+// Torch copies it for each node of a backward: a short name is copied without an allocation.
+const std::string& key() {
+  static const auto* key = new std::string("safe_inplace");
+  return *key;
+}
+
+struct Names {
+  PyObject* verify = PyUnicode_InternFromString("verify");
+  PyObject* on_write = PyUnicode_InternFromString("_on_write");
+  PyObject* on_version = PyUnicode_InternFromString("_on_version");
+  PyObject* on_stale = PyUnicode_InternFromString("_on_stale");
+  PyObject* on_exchange = PyUnicode_InternFromString("_on_exchange");
+  PyObject* on_mismatch = PyUnicode_InternFromString("_on_mismatch");
+  PyObject* compare = PyUnicode_InternFromString("_compare");
+  PyObject* no_digest = PyUnicode_InternFromString("_no_digest");
+  PyObject* parts = PyUnicode_InternFromString("_parts");
+  PyObject* arrived_parts = PyUnicode_InternFromString("_arrived_parts");
+  PyObject* written_parts = PyUnicode_InternFromString("_written_parts");
+};
+
+const Names& names() {
+  static const Names* names = new Names();
+  return *names;
+}
+
+template <class... Arguments>
+Object call(PyObject* policy, PyObject* method, const Arguments&... arguments) {
+  return checked(PyObject_CallMethodObjArgs(policy, method, arguments..., nullptr));
+}
+
+Object wrapped(const at::Tensor& tensor) {
+  return checked(THPVariable_Wrap(tensor));
+}
+
+} // namespace
+
+Policy Policy::current() {
+  if (!at::impl::ThreadLocalPythonObjects::contains(key())) {
+    return Policy(nullptr);
+  }
+  PyObject* policy = at::impl::ThreadLocalPythonObjects::get(key())->ptr(getPyInterpreter());
+  return Policy(policy != Py_None ? policy : nullptr);
+}
+
+void Policy::set_current(PyObject* policy) {
+  at::impl::ThreadLocalPythonObjects::set(key(),
+                                          std::make_shared<c10::SafePyObject>(share(policy).release(), getPyInterpreter()));
+}
+
+bool Policy::verify() const {
+  return truth(checked(PyObject_GetAttr(object_, names().verify)).get());
+}
+
+Object Policy::on_write(const std::vector<Object>& values, const c10::OperatorName& op, const Place& place, bool update) const {
+  const auto list = checked(PyList_New(static_cast<Py_ssize_t>(values.size())));
+  for (size_t i = 0; i < values.size(); ++i) {
+    PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i), share(values[i].get()).release());
+  }
+  return call(object_, names().on_write, list.get(), operator_name(op).get(), place_objects(place).get(),
+              update ? Py_True : Py_False);
+}
+
+void Policy::on_version(const SavedValue* value) const {
+  const auto& [op, place] = *value->beside;
+  call(object_, names().on_version, value->object, operator_name(*op).get(), place_objects(*place).get());
+}
+
+void Policy::on_stale(const SavedValue* value) const {
+  call(object_, names().on_stale, value->object);
+}
+
+Object Policy::on_exchange(const SavedValue* value, const at::Tensor& now) const {
+  return call(object_, names().on_exchange, value->object, wrapped(now).get());
+}
+
+void Policy::on_mismatch(const SavedValue* value) const {
+  call(object_, names().on_mismatch, value->object);
+}
+
+void Policy::compare(const SavedValue* value, const at::Tensor& then, const at::Tensor& now) const {
+  call(object_, names().compare, value->object, wrapped(then).get(), wrapped(now).get());
+}
+
+void Policy::no_digest(const at::Tensor& tensor) const {
+  call(object_, names().no_digest, checked(PyUnicode_FromString(tensor.device().str().c_str())).get());
+}
+
+Object Policy::parts(const at::Tensor& tensor, Which which) const {
+  PyObject* method = which == Which::all       ? names().parts
+                     : which == Which::arrived ? names().arrived_parts
+                                               : names().written_parts;
+  return call(object_, method, wrapped(tensor).get());
+}
+
+Object operator_name(const c10::OperatorName& name) {
+  const auto text = c10::toString(name);
+  return checked(PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size())));
+}
+
+} // namespace safe_inplace::guard

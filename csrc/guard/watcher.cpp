@@ -1,0 +1,95 @@
+// Any operator, boxed; the common ones are in operators.cpp.
+#include "guard/watcher.h"
+
+#include <atomic>
+
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
+
+#include "guard/guard.h"
+#include "guard/operators.h"
+#include "guard/policy.h"
+#include "guard/saved_type.h"
+#include "guard/saving.h"
+
+namespace safe_inplace::guard {
+namespace {
+
+std::atomic<Observer*> beside{nullptr};
+
+Observer* beside_guard() {
+  return beside.load(std::memory_order_acquire);
+}
+
+void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& known = facts_of(op);
+  auto* other = beside_guard();
+  if (!known->writes && other == nullptr) {
+    const RunningScope scope(known->name);
+    op.redispatchBoxed(below(keys), stack);
+    return;
+  }
+  const auto facts = known;
+  c10::SmallVector<Argument, 16> arguments;
+  for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+    arguments.emplace_back(value);
+  }
+  Call call{*facts, arguments};
+  const auto run = [&] { op.redispatchBoxed(below(keys), stack); };
+  if (other == nullptr) {
+    guard().around(call, run);
+    return;
+  }
+  other->around(call, [&] {
+    guard().around(call, run);
+    call.results = stack;
+  });
+}
+
+} // namespace
+
+void watch_beside_guard(Observer* observer) {
+  see_all_operators_boxed();
+  beside.store(observer, std::memory_order_release);
+}
+
+// Without HANDLE_TH_ERRORS, here and in unpack: it would gather warnings, which whatever runs this does as well.
+PyObject* pack(PyObject*, PyObject* argument) {
+  try {
+    TORCH_CHECK_TYPE(THPVariable_Check(argument), "guard_pack takes a tensor");
+    auto object = new_saved_object(Policy::current().get());
+    auto& value = *saved(object.get());
+    describe(value, THPVariable_Unpack(argument), argument);
+    guard().saves(value);
+    if (auto* other = beside_guard()) {
+      other->saves(value);
+    }
+    return object.release();
+  } catch (const std::exception&) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
+}
+
+PyObject* unpack(PyObject*, PyObject* argument) {
+  try {
+    TORCH_CHECK_TYPE(is_saved_object(argument), "guard_unpack takes what guard_pack returned");
+    auto& value = *saved(argument);
+    auto given = guard().asked_for(value, value.value);
+    if (auto* other = beside_guard()) {
+      given = other->asked_for(value, given);
+    }
+    return THPVariable_Wrap(given);
+  } catch (const std::exception&) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
+}
+
+TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&watch>());
+}
+
+} // namespace safe_inplace::guard

@@ -1,0 +1,194 @@
+"""The context manager and decorator `guard`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import types
+from collections.abc import AsyncGenerator, Callable, Generator
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from .. import _C
+from .hazards import Hazard
+from .judge import Judge
+from .modes import OnHazard
+from .say import say_once
+from .torch_patches import let_higher_order_operators_pass, torch_patches
+from .words import bytes_in_words
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_C.guard_parameter_type(torch.nn.Parameter)
+
+_entered = threading.local()
+
+
+def _open_here() -> list[guard]:
+    """The guards that this thread has entered and not left, the innermost last."""
+    return _entered.__dict__.setdefault("guards", [])
+
+
+class guard(Judge):
+    """Names every write to memory that a live autograd node saved; context manager and decorator.
+
+    Args:
+        on_hazard: ``"raise"`` raises :class:`HazardError` at the write, before anything is written. ``"warn"`` issues a
+            :class:`HazardWarning` once per pair of lines and lets torch go on as ever. ``"copy"`` copies the saved value,
+            and only it, just before the write: backward is then right. ``"defer"`` is silent at the write and raises, with
+            both lines, in the backward that asks for the value. ``"raise"`` and ``"warn"`` wait for that backward as well
+            where correct programs write day after day: where a parameter is written, or a value of a graph that has been
+            through a backward already.
+        verify: also fingerprint each saved tensor, and compare before backward uses it. Finds writes that no operator
+            declares: NumPy, raw pointers, kernels that write where they should not.
+
+    A guard holds for the thread that entered it, and for the backward that this thread starts. What was saved under it is
+    checked in backward wherever that runs. Guards nest; the innermost decides.
+
+    ``hazards`` lists what was found, one :class:`Hazard` per pair of lines; ``hazards_seen`` and ``bytes_copied`` are the
+    totals.
+
+    >>> import torch, safe_inplace
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> with safe_inplace.guard("copy") as watched:
+    ...     h = x * 2
+    ...     y = h * h
+    ...     h.add_(1)
+    ...     y.sum().backward()
+    tensor([3., 3., 3.], grad_fn=<AddBackward0>)
+    >>> x.grad, watched.hazards_seen, watched.bytes_copied
+    (tensor([8., 8., 8.]), 1, 12)
+    """
+
+    def __init__(self, on_hazard: OnHazard = "raise", verify: bool = False) -> None:
+        super().__init__(on_hazard, verify)
+        self.on_hazard = on_hazard
+
+    # -- as a context manager and decorator
+
+    def __enter__(self) -> guard:
+        let_higher_order_operators_pass()
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None and hooks[0] is not _C.guard_pack:
+            say_once(
+                "hooks around",
+                "safe_inplace.guard: the saved-tensor hooks around the guard are not called for what is saved inside of it.",
+            )
+        _C.guard_enter(self)
+        torch_patches.enter()
+        _open_here().append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        here = _open_here()
+        if self not in here:
+            raise RuntimeError(
+                "guard: left in another thread than the one that entered it, where it is still open; a generator or a "
+                "coroutine that holds one must be closed where it ran"
+            )
+        # Usually the last; guards that overlap (an ExitStack, two generators) may be left in any order.
+        inside = here[::-1].index(self)
+        del here[len(here) - 1 - inside]
+        torch_patches.exit()
+        _C.guard_exit(here[-1] if here else None, inside)
+
+    def __call__(self, function: F) -> F:
+        if any(
+            suspends(code)
+            for code in (function, getattr(function, "__call__", None))  # noqa: B004
+            for suspends in (inspect.iscoroutinefunction, inspect.isgeneratorfunction)
+        ):
+            raise TypeError(
+                f"guard: {getattr(function, '__qualname__', function)} suspends, and the guard would then hold for whatever "
+                "else the thread runs; use `with guard():` around the code between two suspensions"
+            )
+
+        if inspect.isasyncgenfunction(function):
+            return _watched_steps(self, function)  # type: ignore[return-value]
+
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return guarded  # type: ignore[return-value]
+
+    # -- what was found
+
+    @property
+    def hazards(self) -> list[Hazard]:
+        return list(self._findings.hazards.values())
+
+    @property
+    def hazards_seen(self) -> int:
+        return sum(hazard.count for hazard in self._findings.hazards.values())
+
+    @property
+    def bytes_copied(self) -> int:
+        return sum(hazard.bytes_copied for hazard in self._findings.hazards.values())
+
+    def summary(self, color: bool = False) -> str:
+        """The hazards, the dearest first, one report each."""
+        if not self._findings.hazards:
+            return "safe_inplace guard: no hazards"
+        hazards = sorted(self._findings.hazards.values(), key=lambda hazard: (-hazard.bytes_copied, -hazard.count))
+        total = f"safe_inplace guard: {self.hazards_seen} hazard{'s' * (self.hazards_seen != 1)}"
+        total += f" between {len(hazards)} pair{'s' * (len(hazards) != 1)} of lines"
+        if self.bytes_copied:
+            total += f", {bytes_in_words(self.bytes_copied)} copied"
+        paragraphs = [total]
+        for hazard in hazards:
+            times = f"{hazard.count} time{'s' * (hazard.count != 1)}"
+            if hazard.bytes_copied:
+                times += f", {bytes_in_words(hazard.bytes_copied)} copied"
+            paragraphs.append(f"{times}: {hazard.text(color)}")
+        return "\n\n".join(paragraphs)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "on_hazard": self.on_hazard,
+            "verify": self.verify,
+            "hazards_seen": self.hazards_seen,
+            "bytes_copied": self.bytes_copied,
+            "hazards": [hazard.as_dict() for hazard in self._findings.hazards.values()],
+        }
+
+
+def _watched_steps(watch: guard, function: Callable[..., AsyncGenerator[Any, Any]]) -> Callable[..., AsyncGenerator[Any, Any]]:
+    """An async generator, watched while its own code runs: where it waits or has yielded, the thread runs other things."""
+
+    @types.coroutine
+    def watched(step: Any) -> Generator[Any, Any, Any]:
+        resume: Callable[[], Any] = functools.partial(step.send, None)
+        while True:
+            try:
+                with watch:
+                    waiting_for = resume()
+            except StopIteration as done:
+                return done.value
+            try:
+                resume = functools.partial(step.send, (yield waiting_for))
+            except BaseException as error:
+                resume = functools.partial(step.throw, error)
+
+    @functools.wraps(function)
+    async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        steps = function(*args, **kwargs)
+        try:
+            step: Any = steps.asend(None)
+            while True:
+                try:
+                    item = await watched(step)
+                except StopAsyncIteration:
+                    return
+                try:
+                    step = steps.asend((yield item))
+                except Exception as error:
+                    step = steps.athrow(error)
+        finally:
+            await watched(steps.aclose())
+
+    return guarded

@@ -1,0 +1,150 @@
+"""What is reported: a pair of lines, a write and the save that it destroys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .advice import remedies
+from .rewrite import Rewritten
+from .sites import Site
+from .words import bytes_in_words
+
+Kind = Literal["overwritten", "version", "unseen", "corrupted", "exchanged"]
+
+
+@dataclass
+class Hazard:
+    """One pair of lines: a write and the save that it destroys. What happened again between the same lines is counted."""
+
+    kind: Kind
+    mutation: Site | None
+    save: Site | None
+    op: str | None
+    saved_by: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    nbytes: int
+    used: bool = False  # by a backward before
+    rewritten: Rewritten = field(default_factory=Rewritten)
+    result: bool = False  # the operator saved what it returned, not what it was given
+    unread: bool = False  # saved, but backward would be right without it
+    by: Literal["optimizer", "ddp"] | None = None  # the part of torch that wrote, where it is one of these
+    late: bool = False  # found when backward asked for the value, not at the write
+    parameter: str | None = None  # the name of the parameter that the value is, or is a view of
+    count: int = 0
+    bytes_copied: int = 0
+    told: bool = False  # by a warning
+    of_a_module: bool | None = None  # the value lies in a buffer or parameter of a module; None: not asked
+
+    @property
+    def remedies(self) -> list[str]:
+        return remedies(self)
+
+    def text(self, color: bool = False) -> str:
+        def paint(code: str, words: str) -> str:
+            return f"\x1b[{code}m{words}\x1b[0m" if color else words
+
+        modified = "one of the variables needed for gradient computation has been modified by an inplace operation"
+        headline = {
+            "overwritten": modified
+            if self.late
+            else "a value needed for gradient computation is about to be modified by an inplace operation",
+            "version": f"{modified} (its version alone: backward would be right)",
+            "unseen": f"{modified} that guard did not see",
+            "corrupted": "a value needed for gradient computation changed, and no operator says that it wrote it",
+            "exchanged": "a tensor needed for gradient computation was given other memory with other values (x.data = ...): "
+            "torch alone would take these in backward",
+        }[self.kind]
+        lines = [paint("1;31", headline), ""]
+        for label, code, site, what in (
+            ("written", "1;31", self.mutation, self.op),
+            ("saved", "1;33", self.save, self.saved_by),
+        ):
+            if site is None:
+                continue
+            lines.append(f"  {paint(code, f'{label:<8}')}{paint('1', str(site))}   [{what}]")
+            number = f"{site.lineno} | "
+            lines.append(f"    {paint('2', number)}{site.source}")
+            if site.columns and site.expression != site.source:
+                begin, end = site.columns
+                lines.append("    " + " " * (len(number) + begin) + paint(code, "^" * (end - begin)))
+            if site.module is not None:
+                lines.append(f"    in {site.module}")
+            if site.caller is not None:
+                lines.append(f"    called from {site.caller}")
+                lines.append(f"    {paint('2', f'{site.caller.lineno} | ')}{site.caller.source}")
+        device = f" on {self.device}" if self.device.type != "cpu" else ""
+        shape = ", ".join(map(str, self.shape))
+        dtype = str(self.dtype).removeprefix("torch.")
+        parameter = f", parameter {self.parameter}" if self.parameter is not None else ""
+        lines.append(f"  {'value':<8}{dtype}[{shape}]{device}, {bytes_in_words(self.nbytes)}{parameter}")
+        lines += ["", *(f"  {number}. {remedy}" for number, remedy in enumerate(self.remedies, 1))]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        def site(value: Site | None) -> dict[str, Any] | None:
+            if value is None:
+                return None
+            return {
+                "filename": value.filename,
+                "lineno": value.lineno,
+                "function": value.function,
+                "source": value.source,
+                "module": value.module,
+                "caller": site(value.caller),
+            }
+
+        return {
+            "kind": self.kind,
+            "mutation": site(self.mutation),
+            "save": site(self.save),
+            "op": self.op,
+            "saved_by": self.saved_by,
+            "shape": list(self.shape),
+            "dtype": str(self.dtype),
+            "device": str(self.device),
+            "parameter": self.parameter,
+            "count": self.count,
+            "bytes_copied": self.bytes_copied,
+            "remedies": self.remedies,
+        }
+
+
+class _Report(Exception):
+    """What HazardError and HazardWarning have in common: the hazard's fields, and a text with both source lines."""
+
+    def __init__(self, hazard: Hazard) -> None:
+        super().__init__(hazard)
+        self.hazard = hazard
+        self.mutation = hazard.mutation
+        self.save = hazard.save
+        self.op = hazard.op
+        self.saved_by = hazard.saved_by
+        self.shape = hazard.shape
+        self.dtype = hazard.dtype
+        self.device = hazard.device
+        self.parameter = hazard.parameter
+        self.remedies = hazard.remedies
+
+    def __str__(self) -> str:
+        # Plain: a message may end up in a log. `python -m safe_inplace run` colours its summary on a terminal.
+        return self.hazard.text()
+
+
+class HazardError(_Report, RuntimeError):
+    """A write would destroy (or, found in backward: has destroyed) a value that autograd saved. Nothing has been written
+    where it is raised at the write; in backward, nothing has been computed from the value.
+
+    ``mutation`` and ``save`` are the two lines, each a :class:`Site`, with the ``module`` that was being called and, for a
+    line of an installed package, the ``caller``; ``op`` wrote, ``saved_by`` saved; ``shape``, ``dtype`` and ``device`` are
+    the saved value's, and ``parameter`` is its name where it is a parameter.
+    ``mutation`` and ``op`` are None where nothing saw the write.
+    """
+
+
+class HazardWarning(_Report, UserWarning):
+    """The same as :class:`HazardError`, under ``guard("warn")``."""

@@ -1,0 +1,128 @@
+"""Where in the user's code: lines, and whose code they are."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import sysconfig
+import weakref
+from dataclasses import dataclass, field
+from itertools import islice
+from types import CodeType, FrameType
+from typing import Any, Literal
+
+import torch
+
+from .. import _C
+from .modules import module_in_words
+from .say import say_once
+
+# Code and instruction of a line, the innermost module that was being called, code and instruction of the caller's line.
+Place = tuple[CodeType | None, int, "weakref.ref[torch.nn.Module] | None", CodeType | None, int]
+NOWHERE: Place = (None, -1, None, None, -1)
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_SITE = os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__)))
+_STDLIB = tuple({sysconfig.get_path("stdlib") + os.sep, sysconfig.get_path("platstdlib") + os.sep})
+_LIBRARIES = (
+    _PACKAGE + os.sep,
+    *(os.path.join(_SITE, name) + os.sep for name in ("torch", "functorch", "torchgen", "triton")),
+)
+_INSTALLED = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
+_OPTIMIZERS = os.path.join(_SITE, "torch", "optim") + os.sep
+_DDP = os.path.join(_SITE, "torch", "nn", "parallel", "distributed.py")
+_COMPILED_REGION = os.path.join("_aot_autograd", "runtime_wrappers.py")
+
+
+def whose_code(code: CodeType) -> int:
+    """0 for torch, this package and the standard library, 1 for other installed packages, 2 for the user's own. The line in a
+    model of timm or transformers says more than the line that called the model: it is named, and its caller as well."""
+    filename = code.co_filename
+    if filename.endswith(_COMPILED_REGION):
+        say_once(
+            "compiled region",
+            "safe_inplace.guard: of a compiled region only what it saves and which of its inputs it writes is known; what else "
+            "its kernels write is found by guard(verify=True).",
+        )
+    if filename.startswith(("<frozen ", "<eval_with_key>", *_LIBRARIES)):
+        return 0
+    if any(part in filename for part in _INSTALLED):
+        return 1
+    return 0 if filename.startswith(_STDLIB) else 2
+
+
+_C.guard_whose_code(whose_code, torch.nn.Module.__call__.__code__)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A line of the user's code."""
+
+    filename: str
+    lineno: int
+    function: str
+    source: str
+    columns: tuple[int, int] | None = field(default=None, compare=False, repr=False)
+    called: weakref.ref[torch.nn.Module] | str | None = field(default=None, compare=False, repr=False)
+    caller: Site | None = field(default=None, compare=False)  # the user's line that led there, into an installed package
+
+    @property
+    def module(self) -> str | None:
+        """The innermost module that was being called, by its path. Looked up when it is asked for: most lines never are."""
+        if not isinstance(self.called, weakref.ref):
+            return self.called
+        module = self.called()
+        words = module_in_words(module) if module is not None else None
+        object.__setattr__(self, "called", words)
+        return words
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Site, (self.filename, self.lineno, self.function, self.source, self.columns, self.module, self.caller)
+
+    def __str__(self) -> str:
+        return f"{self.filename}:{self.lineno}, in {self.function}"
+
+    @property
+    def expression(self) -> str:
+        """The part of the line that ran, as far as the interpreter knows it."""
+        return self.source[slice(*self.columns)] if self.columns else self.source
+
+
+def site_of(place: Place) -> Site | None:
+    code, instruction, module, caller, at = place
+    if code is None:
+        return None
+    return line_of(code, instruction, module, line_of(caller, at) if caller is not None else None)
+
+
+def line_of(
+    code: CodeType, instruction: int, called: weakref.ref[torch.nn.Module] | None = None, caller: Site | None = None
+) -> Site:
+    lineno, end_lineno, column, end_column = next(
+        islice(code.co_positions(), max(instruction, 0) // 2, None), (None, None, None, None)
+    )
+    lineno = lineno or code.co_firstlineno
+    line = linecache.getline(code.co_filename, lineno)
+    source = line.strip()
+    columns = None
+    if column is not None and end_column is not None and end_lineno == lineno and source:
+        # The columns count bytes of UTF-8.
+        raw, indent = line.encode(), len(line) - len(line.lstrip())
+        begin = len(raw[:column].decode(errors="replace")) - indent
+        columns = (begin, begin + len(raw[column:end_column].decode(errors="replace")))
+    return Site(code.co_filename, lineno, code.co_qualname, source, columns, called, caller)
+
+
+def writer(code: CodeType | None) -> tuple[FrameType | None, Literal["optimizer", "ddp"] | None]:
+    """The frame of `code` among the callers of this function, and the part of torch that it called."""
+    by: Literal["optimizer", "ddp"] | None = None
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        filename = frame.f_code.co_filename
+        if filename.startswith(_OPTIMIZERS):
+            by = "optimizer"
+        elif filename == _DDP:
+            by = "ddp"
+        frame = frame.f_back
+    return (None, None) if frame is None else (frame, by)
