@@ -13,6 +13,7 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "guard/dispatch_key.h"
 #include "guard/ledger.h"
 #include "guard/operators.h"
 #include "guard/policy.h"

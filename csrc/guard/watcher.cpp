@@ -3,11 +3,13 @@
 
 #include <atomic>
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
+#include "guard/dispatch_key.h"
 #include "guard/guard.h"
 #include "guard/operators.h"
 #include "guard/policy.h"

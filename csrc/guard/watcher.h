@@ -3,19 +3,9 @@
 
 #include <Python.h>
 
-#include <ATen/core/dispatch/Dispatcher.h>
-
 #include "guard/observer.h"
 
 namespace safe_inplace::guard {
-
-// A dispatch key that torch keeps free and that a thread can switch on. A TorchDispatchMode sees the same at 13 us per
-// operator (a step that is all overhead: 3.1x).
-constexpr auto kKey = c10::DispatchKey::TESTING_ONLY_GenericMode;
-
-inline c10::DispatchKeySet below(c10::DispatchKeySet keys) {
-  return keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey);
-}
 
 // From here on `observer` sees what guard sees, every operator with its stack: the common ones are boxed again, so this is
 // called before a program runs. Guard's saved-tensor hooks and key are what brings the events: `enter` without a policy.

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
+from .facts import Facts
 from .sites import Site
 from .words import bytes_in_words
-
-if TYPE_CHECKING:
-    from .hazards import Hazard
-
 
 # Where guard saw no write.
 _WITHOUT_A_WRITE = {
@@ -34,7 +30,7 @@ _WITHOUT_A_WRITE = {
 }
 
 
-def remedies(hazard: Hazard) -> list[str]:
+def remedies(hazard: Facts) -> list[str]:
     if hazard.kind in _WITHOUT_A_WRITE:
         return list(_WITHOUT_A_WRITE[hazard.kind])
     advice: list[str] = []
@@ -54,11 +50,11 @@ def remedies(hazard: Hazard) -> list[str]:
     return advice[:3]
 
 
-def _is_update(hazard: Hazard) -> bool:
+def _is_update(hazard: Facts) -> bool:
     return hazard.by == "optimizer" or hazard.rewritten.parameter
 
 
-def _at_the_write(hazard: Hazard) -> str | None:
+def _at_the_write(hazard: Facts) -> str | None:
     write = hazard.mutation.source if hazard.mutation else ""
     op = (hazard.op or "").removeprefix("aten.").split(".")[0]
     if op == "embedding_renorm_":
@@ -96,7 +92,7 @@ def _at_the_write(hazard: Hazard) -> str | None:
     return None
 
 
-def _at_the_save(hazard: Hazard) -> str | None:
+def _at_the_save(hazard: Facts) -> str | None:
     if hazard.unread:
         return (
             "Backward does not read the running statistics that batch norm in train mode saved: torch refuses by the "
@@ -118,7 +114,7 @@ def _at_the_save(hazard: Hazard) -> str | None:
     return None
 
 
-def _apart(hazard: Hazard, save: Site) -> str:
+def _apart(hazard: Facts, save: Site) -> str:
     """The remedy at the save: what it keeps, and what is written, are two."""
     where = f"{save.filename.rpartition(os.sep)[2]}:{save.lineno}"
     whole = f" of `{save.expression}`" if save.columns else ""

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from .. import _C
-from .hazards import Hazard, HazardWarning, Kind
+from .facts import Kind
+from .hazards import Hazard, HazardWarning
 from .modules import parameter_name
 from .policy import Note
 from .rewrite import Rewritten, out_of_place
