@@ -1,5 +1,6 @@
-"""A whole backend outside of the core: torch's spare device, in the host's memory, with kernels that compute one element after the
-other. Importing it registers the device under the name `toy`; there is no way back, so tests do it in a process of their own."""
+"""A whole backend outside of the core: torch's spare device, in the host's memory, with kernels that compute one element
+after the other. Importing it registers the device under the name `toy`; there is no way back, so tests do it in a process
+of their own."""
 
 import types
 

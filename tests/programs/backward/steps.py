@@ -160,7 +160,8 @@ class Passing(Producer):
         v = generator.known[source]
         view = generator.rng.random() < 0.3
         step = cls(source, generator.rng.choice(PASSING), view)
-        return generator.add(step, Known(v.shape, v.requires_grad, writable=not view, viewed=(v.viewed or source) if view else None))
+        viewed = (v.viewed or source) if view else None
+        return generator.add(step, Known(v.shape, v.requires_grad, writable=not view, viewed=viewed))
 
     def run(self, run):
         label = ("passing", run.index)
