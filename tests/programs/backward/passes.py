@@ -208,4 +208,7 @@ class GradAssign(Step):
         generator.add(cls(leaf, generator.pick(lambda v: v.leaf and v.requires_grad and v.shape == shape)))
 
     def run(self, run):
-        run[self.leaf].grad = run[self.other].grad
+        leaf, other = run[self.leaf], run[self.other]
+        # Two leaves with one `.grad`, of which a hook changes it: what comes of that depends on the engine's order.
+        hooked = leaf._post_accumulate_grad_hooks or other._post_accumulate_grad_hooks
+        leaf.grad = other.grad.clone() if hooked and other.grad is not None else other.grad
