@@ -147,7 +147,8 @@ class Generator(engine.Generator):
             if found is not None:
                 return self.given(found)
         if self.rng.random() < 0.1:
-            found = self.pick(lambda v: v.shape == shape)
+            # Not a leaf, which an update writes.
+            found = self.pick(lambda v: v.shape == shape and not v.leaf)
             if found is not None:
                 return self.given(found)
         return Given.generate(self, shape)
