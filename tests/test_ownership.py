@@ -12,6 +12,7 @@ import safe_inplace
 from .checks import Memory, assert_bit_equal
 from .layouts import random_tensor, short
 from .op_table import OPS
+from .programs.backward.runs import Fresh
 
 op_ids = {"ids": lambda op: op.name}
 SHAPE = (256, 512)
@@ -38,18 +39,6 @@ class Sink(torch.autograd.Function):
 def weighted(input, grad):
     """A loss whose backward hands one fresh tensor, the product's gradient, to the engine."""
     return (input * grad).sum()
-
-
-class Copying(torch.autograd.Function):
-    """An identity that copies both ways, so that no leaf shares the gradient's memory."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.clone()
 
 
 def make(op, operand_shape=SHAPE[1:], trainable=True, dtype=torch.float32, device="cpu"):
@@ -163,7 +152,7 @@ class Given(torch.autograd.Function):
 def test_memory_that_somebody_else_sees_is_never_written(op, reason, trainable):
     """The held tensor keeps its values, and the gradients are right all the same."""
     leaf, operands = make(op, trainable=trainable)
-    input = Copying.apply(leaf)
+    input = Fresh.apply(leaf)
     op.function(input, *operands)
     grad = torch.randn(SHAPE)
     held = []
@@ -187,7 +176,7 @@ def test_memory_that_somebody_else_sees_is_never_written(op, reason, trainable):
     elif reason == "two_consumers":
         # one function returns the same tensor to two nodes
         other = torch.zeros(SHAPE, requires_grad=True)
-        (Copying.apply(other) + input).backward(keep(grad.clone()))
+        (Fresh.apply(other) + input).backward(keep(grad.clone()))
         held.append((other.grad, grad))
     elif reason == "leaf_took_a_view":
         # Python has not seen this gradient, and its tensor has one holder: only the storage's count tells
@@ -348,7 +337,7 @@ def test_chain_of_ops_reuses_one_gradient(op):
 
 def test_subclass_gradient_is_not_taken(op):
     leaf, operands = make(op, trainable=False)
-    input = Copying.apply(leaf)
+    input = Fresh.apply(leaf)
     op.function(input, *operands)
     grad = torch.randn(SHAPE)
     first, second = grad.clone(), grad.clone()
@@ -378,7 +367,7 @@ def test_reuse_in_every_dtype_gives_the_same_bits(op, dtype):
     """Gradients with reuse and without are the same numbers."""
 
     def run(hold):
-        input = Copying.apply(leaf)
+        input = Fresh.apply(leaf)
         op.function(input, *operands)
         if hold:
             held = grad.clone()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from ..op_table import OPS
-from .engine import Program, Run, Var
+from .engine import Producer, Program, Run, Var
 from .tensors import same_elements, share_storage, values
 
 
@@ -43,6 +44,22 @@ class TensorRun(Run):
         tensor = self[var]
         assert tensor.grad_fn is not None or tensor.is_leaf
         return tensor
+
+
+class Leaf(Producer):
+    shape: tuple
+    offset: int
+    requires_grad: bool
+
+    known: ClassVar[Any]  # what the fuzz's generator notes of a variable
+
+    @classmethod
+    def generate(cls, generator, shape, requires_grad):
+        step = cls(shape, generator.rng.randrange(4000), requires_grad)
+        return generator.add(step, cls.known(shape, requires_grad, leaf=True))
+
+    def run(self, run):
+        return run.leaf(self.shape, self.offset, self.requires_grad)
 
 
 class ByOurs:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ...op_table import BY_NAME, OPS
-from .. import engine
+from .. import engine, machines
 from ..engine import Var
 from ..tensors import NUMBERS, broadcasts, take_view, view_arguments, view_shape
 
@@ -43,18 +43,8 @@ class Producer(Building, engine.Producer):
     pass
 
 
-class Leaf(Producer):
-    shape: tuple
-    offset: int
-    requires_grad: bool
-
-    @classmethod
-    def generate(cls, generator, shape, requires_grad):
-        step = cls(shape, generator.rng.randrange(4000), requires_grad)
-        return generator.add(step, Known(shape, requires_grad, leaf=True))
-
-    def run(self, run):
-        return run.leaf(self.shape, self.offset, self.requires_grad)
+class Leaf(machines.Leaf, Producer):
+    known = Known
 
 
 class Given(Producer):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...op_table import BY_NAME, OPS
-from .. import engine
+from .. import engine, machines
 from ..engine import Var
 from ..machines import Unsupported
 from ..tensors import NUMBERS, broadcasts, take_view, view_arguments, view_shape
@@ -282,17 +282,6 @@ class Detach(Producer):
         return run.detach(self.source)
 
 
-class Leaf(Producer):
-    shape: tuple
-    offset: int
-    requires_grad: bool
-
-    @classmethod
-    def generate(cls, generator, shape, requires_grad):
-        step = cls(shape, generator.rng.randrange(4000), requires_grad)
-        return generator.add(step, Known(shape, requires_grad, leaf=True))
-
-    def run(self, run):
-        return run.leaf(self.shape, self.offset, self.requires_grad)
-
-    reference = run
+class Leaf(machines.Leaf, Producer):
+    known = Known
+    reference = machines.Leaf.run
