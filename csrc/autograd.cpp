@@ -144,7 +144,7 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
   torch::autograd::check_inplace(*call.input, records);
   Prepared prepared = prepare(call);
   if (prepared.by == Prepared::By::Fallback) {
-    return write_by_fallback(call, dense);
+    return write_checked_by_fallback(call);
   }
   // Record. Everything that can fail comes before the write: what is saved is saved here, the kept value too.
   const bool listener = c10::impl::TorchDispatchModeTLS::any_modes_set();

@@ -212,13 +212,7 @@ bool method_takes_tensors(const Call& call) {
   return !is_strided(call) || (rounds_once && takes_both);
 }
 
-} // namespace
-
-void write_by_fallback(const Call& original, bool dense) {
-  check_devices(original);
-  if (dense) {
-    check_memory(original);
-  }
+void write(const Call& original, bool dense) {
   const Protected guarded(original, dense);
   const Call& call = guarded.call;
   switch (call.info().torch_method) {
@@ -229,6 +223,20 @@ void write_by_fallback(const Call& original, bool dense) {
     case TorchMethod::None:
       return is_strided(call) ? write_out_of_place(call, guarded.gradient) : write_in_steps(call);
   }
+}
+
+} // namespace
+
+void write_by_fallback(const Call& call, bool dense) {
+  check_devices(call);
+  if (dense) {
+    check_memory(call);
+  }
+  write(call, dense);
+}
+
+void write_checked_by_fallback(const Call& call) {
+  write(call, /*dense=*/true);
 }
 
 } // namespace safe_inplace

@@ -8,4 +8,7 @@ namespace safe_inplace {
 // Same result, same refusals, version counter up by one. `dense`: what has_kernel says of the call.
 void write_by_fallback(const Call& call, bool dense);
 
+// The same for a dense call whose memory prepare() has checked.
+void write_checked_by_fallback(const Call& call);
+
 } // namespace safe_inplace

@@ -189,8 +189,7 @@ bool InplaceNode::is_inputs(int position, const BackwardCall& call) const {
 }
 
 // The kept value, once the graph can be released, and the incoming gradient, unless it is handed on: where nobody else can see
-// them, a gradient of the same layout is written over them. The one that the input gets is made last, and the gradient read to
-// the end by the others.
+// them, a gradient of the same layout is written over them. The operands choose before the input, which takes what they leave.
 void InplaceNode::choose_memory(BackwardCall& call) {
   const int count = static_cast<int>(num_outputs());
   at::Tensor& kept = call.factors[int(Factor::Kept)].tensor;

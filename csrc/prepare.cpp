@@ -98,7 +98,7 @@ void set_kept(Prepared& prepared, const Call& call, const at::Tensor& kept) {
 void run(Prepared& prepared, const Call& call) {
   if (prepared.by != Prepared::By::Kernel) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return write_by_fallback(call, /*dense=*/true);
+    return write_checked_by_fallback(call);
   }
   ForwardPlan& plan = prepared.plan;
   if (plan.shape.numel == 0) {
