@@ -26,7 +26,7 @@ def test_programs_of_the_differential_test(indices):
     assert ends["finishes"] > len(indices) // 3
 
 
-@slices(training.FUZZ, 120, 4)
+@slices(training.FUZZ, 80, 4)
 def test_training(indices):
     ends = training.FUZZ.search("suite", indices)
     assert min(ends["clean"], ends["at the write"], ends["in backward"]) > len(indices) // 30
@@ -90,10 +90,10 @@ class Stops(guard):
     ("module", "broken", "words", "index"),
     [
         (training, Blind, "copy does not give", 0),
-        (training, Strict, "stops an update", 0),
+        (training, Strict, "stops an update", 6),
         (training, Careless, "missed", 154),
         (training, Late, "copy does not give", 0),
-        (training, Jumpy, "copy stops", 0),
+        (training, Jumpy, "copy stops", 19),
         (overwrites, Blind, "copy does not give", 0),
         (overwrites, Late, "copy does not give", 0),
         (overwrites, Stops, "in part, warn", 0),
@@ -102,8 +102,10 @@ class Stops(guard):
     ],
 )
 def test_a_broken_guard_is_seen(module, broken, words, index):
+    # Not by `search`, which would go on to shrink what was found.
     with pytest.raises(Disagreement, match=words):
-        module.FUZZ.search("suite", range(index, index + 60), broken)
+        for number in range(index, index + 60):
+            module.FUZZ.check(module.FUZZ.generate(f"suite:{number}"), broken)
 
 
 def test_a_guard_that_writes_is_seen():
