@@ -10,7 +10,7 @@ from .forward.steps import Binary
 from .slices import SEED, slices
 
 
-@slices(FUZZ, 20_000, 40)
+@slices(FUZZ, 12_000, 24)
 def test_programs(indices):
     assert FUZZ.search(SEED, indices).total() == len(indices)
 
