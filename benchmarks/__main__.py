@@ -1,6 +1,7 @@
-"""python -m benchmarks [run] | targets | report | calls
+"""python -m benchmarks [run] | compare | targets | report | calls
 
 run       measures, writes the result file of this device and torch, and renews plots and the README's tables
+compare   measures the short set with this build and with another, in turns, and writes the ratios
 targets   measures what the targets are stated for and prints target and measured side by side
 report    makes the plots and the README's tables from the result files
 calls     what one call costs, in time or, with --callgrind, in instructions
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shlex
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -25,12 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tests.op_table import BY_NAME
 
-from . import calls, models, report, results
+from . import calls, compare, models, report, results
 from .cases import LAYOUTS, MODES, Case, default_cases, full_cases, target_cases
 from .results import Row
 from .runner import Effort, run
 
-COMMANDS = ("run", "targets", "report", "calls")
+COMMANDS = ("run", "compare", "targets", "report", "calls")
 SIZES = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -63,6 +65,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     runner = commands.add_parser("run", parents=[measuring], help="measure and write the results")
     runner.add_argument("--full", action="store_true", help="every op, layout, dtype, size and mode, not each with each: hours")
     runner.add_argument("--no-models", action="store_true", help="leave the model blocks out")
+    pair = commands.add_parser("compare", parents=[measuring], help="two builds side by side")
+    pair.add_argument("--base", type=Path, required=True, help="the other build: a wheel, or a tree that has been built")
+    pair.add_argument("--turns", type=int, default=3, help="of each build at each case; the rounds are divided among them")
+    pair.add_argument("--no-models", action="store_true", help="leave the model blocks out")
+    pair.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     aims = commands.add_parser("targets", parents=[measuring], help="measured beside the targets")
     aims.add_argument("--from", dest="source", type=Path, help="judge this result file instead of measuring")
     aims.add_argument("--all", action="store_true", help="each figure, not each promise")
@@ -96,10 +103,7 @@ def is_narrowed(options: argparse.Namespace) -> bool:
     return any((*chosen, options.no_compile))
 
 
-def measure(cases: list[Case], stacks: list, options: argparse.Namespace, console: Console) -> list[Row]:
-    effort = Effort(options.rounds, options.seconds, not options.no_compile)
-    device = torch.device(options.device)
-    rows: list[Row] = []
+def progress_of(console: Console) -> Progress:
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -107,7 +111,14 @@ def measure(cases: list[Case], stacks: list, options: argparse.Namespace, consol
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=console) as progress:
+    return Progress(*columns, console=console)
+
+
+def measure(cases: list[Case], stacks: list, options: argparse.Namespace, console: Console) -> list[Row]:
+    effort = Effort(options.rounds, options.seconds, not options.no_compile)
+    device = torch.device(options.device)
+    rows: list[Row] = []
+    with progress_of(console) as progress:
         total = len(cases) + len(stacks)
         task = progress.add_task("warming up", total=total)
         began = perf_counter()
@@ -128,6 +139,52 @@ def measure(cases: list[Case], stacks: list, options: argparse.Namespace, consol
     return rows
 
 
+def compare_builds(arguments: list[str], options: argparse.Namespace, console: Console) -> int:
+    device = torch.device(options.device)
+    cases = narrow(default_cases(device), options)
+    jobs = [*([] if options.no_models or is_narrowed(options) else models.for_device(device)), *cases]
+    if options.serve:
+        compare.serve(jobs, device, Effort(max(1, options.rounds // options.turns), options.seconds, compile=False))
+        return 0
+    rows: list[compare.Compared] = []
+    began = perf_counter()
+    done, why, status = 0, "", 0
+    with compare.builds(options.base, arguments) as (new, base), progress_of(console) as progress:
+        about = {k: v for k, v in new.about.items() if k not in ("package", "lacks")}
+        about |= {"base": compare.name_of(options.base), "base_extension": base.about["extension"]}
+        about["command"] = shlex.join(["python", "-m", "benchmarks", *arguments])
+        lacks = {*new.about["lacks"], *base.about["lacks"]}
+        wanted = [job for job in range(len(jobs)) if job not in lacks]
+        task = progress.add_task("comparing", total=len(wanted))
+        try:
+            for job in wanted:
+                rows += compare.in_turns(new, base, job, options.turns)
+                done += 1
+                progress.update(task, advance=1, description=f"{rows[-1].op:12s} {rows[-1].layout}")
+                if options.within and perf_counter() - began > options.within:
+                    why = "the time is up"
+                    break
+        except KeyboardInterrupt:
+            why = "interrupted"
+        except compare.BuildFailed as failed:
+            why, status = str(failed), 1
+    if done < len(wanted):
+        about["measured"] = f"{done} of {len(wanted)} cases"
+        console.print(f"[bold red]{len(wanted) - done} of {len(wanted)} were not measured: {why}[/]")
+    if lacks:
+        console.print(f"{len(lacks)} are of ops that one of the builds does not have")
+    if not rows:
+        console.print("nothing was compared")
+        return 1
+    console.print(compare.table(rows))
+    console.print(about)
+    if options.output:
+        results.write(options.output, about, rows)
+        console.print(f"written: {options.output}")
+    console.print(compare.summary(rows))
+    return status
+
+
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     console = Console()
@@ -140,6 +197,8 @@ def main(arguments: list[str]) -> int:
     if options.command == "calls":
         console.print(calls.report([BY_NAME[name] for name in options.ops], options.callgrind))
         return 0
+    if options.command == "compare":
+        return compare_builds(arguments, options, console)
     device = torch.device(options.device)
     if options.command == "targets":
         if options.source:

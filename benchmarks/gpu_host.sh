@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # benchmarks/gpu_host.sh FOLDER
 #
-# Everything that only a GPU shows, offline, with the python3 that has torch: builds, runs the tests on the device, the
-# kernels under compute-sanitizer, and the benchmarks. Leaves at most 8 files in FOLDER, summary.txt first. Stages are
-# bounded, 25 minutes in all, and a failed one does not stop the others; the exit status is the number that failed.
-# Without a GPU the same stages run on the CPU, but for the sanitizer.
+# Everything that only a GPU shows, offline, with the python3 that has torch: builds, runs the whole suite, the kernels
+# under compute-sanitizer, and the benchmarks, or with BASE the short set of two builds in turns. Leaves at most 8 files in
+# FOLDER, summary.txt first. Stages are bounded, 25 minutes in all, and a failed one does not stop the others; the exit
+# status is the number that failed. Without a GPU the same stages run on the CPU, but for the sanitizer.
 #
-#   STAGES="build tests"     a choice of: build tests memcheck racecheck benchmarks
+#   COMMIT=0123abc           what the results call the tree; needed where it has no history of its own
+#   BASE=some.whl            another build, or a tree to build it from: every row's time over that with it, in compare.csv
+#   BASE_COMMIT=4567def      what the results call the base, where it has no history either
+#   STAGES="build tests"     a choice of: build tests memcheck racecheck benchmarks compare
 #   LIMIT=570                seconds for all stages together: none runs past them
 #   WHEEL=some.whl           the wheel that an earlier build left in its folder, instead of compiling
-#   BENCH_ARGS="--ops mul_"  arguments for python -m benchmarks run
-#   COMMIT=0123abc           what the results call the tree where it has no history
+#   BENCH_ARGS="--ops mul_"  arguments for python -m benchmarks run, or compare
+#   TEST_ARGS="-k mul_"      arguments for pytest
 #   PYTHON=python3.12
 set -uo pipefail
 if [ $# -ne 1 ]; then
@@ -20,10 +23,22 @@ fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 wheel=${WHEEL:+$(realpath "$WHEEL")}
+base=${BASE:+$(realpath "$BASE")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# commit_of TREE: by its own history. A repository around it has that of something else.
+commit_of() {
+  [ "$(git -C "$1" rev-parse --show-toplevel 2> /dev/null)" = "$(cd "$1" && pwd -P)" ] && git -C "$1" describe --always --dirty
+}
+
+commit=$(commit_of . || echo "${COMMIT-}")
+if [ -z "$commit" ]; then
+  echo "this tree has no history of its own: COMMIT=... names what is measured"
+  exit 2
+fi
+
 python=${PYTHON:-python3}
-stages=${STAGES:-build tests memcheck racecheck benchmarks}
+stages=${STAGES:-build tests memcheck racecheck $([ -n "$base" ] && echo compare || echo benchmarks)}
 limit=${LIMIT:-1500}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -45,7 +60,8 @@ lacking() {
   date -u +%FT%TZ
   "$python" --version
   "$python" -c 'import torch; print("torch", torch.__version__)'
-  git describe --always --dirty 2> /dev/null || echo "commit ${COMMIT:-unknown}"
+  echo "commit $commit"
+  [ -z "$base" ] || echo "base $base"
   [ "$device" = cuda ] && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 } | tee "$out/summary.txt"
 
@@ -81,30 +97,31 @@ stage() {
   fi
 }
 
+# make_wheel TREE FOLDER
+make_wheel() {
+  "$python" -m pip wheel --no-build-isolation --no-deps --no-index --wheel-dir "$2" "$1"
+}
+
 # The wheel is what users get; its extension is put into the tree, beside the tests and benchmarks.
 build() {
   if [ -z "$wheel" ]; then
-    "$python" -m pip wheel --no-build-isolation --no-deps --no-index --wheel-dir "$scratch" . || return
+    make_wheel . "$scratch" || return
     wheel=$(ls "$scratch"/*.whl)
     cp "$wheel" "$out"
   fi
   "$python" -m pip install --no-deps --no-index --target "$scratch/site" "$wheel" &&
     cp "$scratch"/site/safe_inplace/_C*.so "$scratch"/site/safe_inplace/_build_info.py safe_inplace/ &&
     "$python" -m safe_inplace env &&
-    { [ "$device" = cuda ] || "$python" setup.py build_test_extensions; }
+    "$python" setup.py build_test_extensions
 }
 
 tests() {
-  local options=(-q --tb=short -p no:cacheprovider)
-  [ -z "$(lacking xdist)" ] && options+=(-n "$((MAX_JOBS < 8 ? MAX_JOBS : 8))" --dist worksteal)
+  local options=(-q --tb=short -p no:cacheprovider --continue-on-collection-errors)
+  [ -z "$(lacking xdist)" ] && options+=(-n "$((MAX_JOBS < 16 ? MAX_JOBS : 16))" --dist worksteal)
   [ -z "$(lacking pytest_timeout)" ] && options+=(--timeout 180)
-  # On a CPU, the tests that put the same kernels through the simulator.
-  if [ "$device" = cuda ]; then
-    options+=(-k cuda --ignore tests/test_cuda_plan.py --continue-on-collection-errors)
-  else
-    options+=(tests/test_cuda_plan.py)
-  fi
-  "$python" -m pytest "${options[@]}"
+  # Words in TEST_ARGS are separate arguments.
+  # shellcheck disable=SC2086
+  "$python" -m pytest "${options[@]}" ${TEST_ARGS-}
 }
 
 # Every kernel that 32-bit indices reach, once or more, on memory whose ends the sanitizer knows exactly.
@@ -176,12 +193,27 @@ benchmarks() {
   return $rc
 }
 
+# A tree is built as it is: in a copy, and without what it was built into before.
+compare() {
+  if [ -d "$base" ]; then
+    BASE_COMMIT=$(commit_of "$base" || echo "${BASE_COMMIT:-unknown}")
+    export BASE_COMMIT
+    mkdir "$scratch/base"
+    tar -C "$base" --exclude=./.git --exclude='./.venv*' --exclude=./build --exclude='*.so' -cf - . | tar -C "$scratch/base" -xf - &&
+      make_wheel "$scratch/base" "$scratch/base-wheel" || return
+    base=$(ls "$scratch"/base-wheel/*.whl)
+  fi
+  # shellcheck disable=SC2086
+  "$python" -m benchmarks compare --base "$base" --device "$device" --output "$out/compare.csv" \
+    --within $((SECONDS_LEFT - SECONDS - 40)) ${BENCH_ARGS-}
+}
+
 # timeout starts a program, not a shell function.
-export -f build tests sanitize benchmarks lacking
-export python scratch device out wheel BENCH_ARGS COMMIT
+export -f commit_of build make_wheel tests sanitize benchmarks compare lacking
+export python scratch device out wheel base BENCH_ARGS TEST_ARGS COMMIT
 
 stage build 400 "pip setuptools wheel ninja packaging" bash -c build
-stage tests 400 "pytest numpy" bash -c tests
+stage tests 600 "pytest numpy" bash -c tests
 for tool in memcheck racecheck; do
   case " $stages " in *" $tool "*) ;; *) continue ;; esac
   if [ "$device" = cpu ]; then
@@ -194,4 +226,7 @@ for tool in memcheck racecheck; do
   fi
 done
 stage benchmarks 400 "numpy rich matplotlib" bash -c benchmarks
+if [ -n "$base" ]; then
+  stage compare 900 "numpy rich matplotlib" bash -c compare
+fi
 exit $failed

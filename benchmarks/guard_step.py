@@ -8,8 +8,6 @@ a machine that others use as well, `--clock cpu --threads 1` counts the time tha
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 import statistics
 import sys
@@ -17,8 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +26,7 @@ from torch.utils.benchmark import Timer
 
 from safe_inplace import guard
 
-from .results import RESULTS, file_name, provenance
+from .results import RESULTS, file_name, provenance, write
 
 Step = Callable[[], None]
 
@@ -232,16 +229,6 @@ def _interval_of_median(samples: list[float], confidence: float = 0.95) -> tuple
 
 def _quantile(samples: list[float], q: float) -> float:
     return torch.tensor(samples, dtype=torch.float64).quantile(q).item()
-
-
-def write(path: Path, about: dict[str, str], rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(f"# {json.dumps(about)}\n")
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
 def verdict(row: Row, reach: float) -> str:

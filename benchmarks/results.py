@@ -11,9 +11,11 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,18 +64,19 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+def git(tree: Path, *arguments: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(tree), *arguments], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def commit() -> str:
+def commit(tree: Path = ROOT, variable: str = "COMMIT") -> str:
     """The commit, and whether anything but result files differed from it when the extension was measured."""
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head is None:
-        # A copy of the tree without its history.
-        return os.environ.get("COMMIT", "unknown")
-    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    top = git(tree, "rev-parse", "--show-toplevel")
+    head = git(tree, "rev-parse", "--short=12", "HEAD")
+    if top is None or head is None or Path(top).resolve() != tree.resolve():
+        # A copy of the tree without its history; a repository around it has the history of something else.
+        return os.environ.get(variable, "unknown")
+    changed = git(tree, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
     return f"{head}-dirty" if changed else head
 
 
@@ -101,13 +104,13 @@ def file_name(about: dict[str, str]) -> str:
     return slug.strip("-") + ".csv"
 
 
-def write(path: Path, about: dict[str, str], rows: list[Row]) -> None:
-    """The whole file, or nothing of it."""
+def write(path: Path, about: dict[str, str], rows: Sequence[Any]) -> None:
+    """The whole file, or nothing of it. Of rows of one dataclass, whichever."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         file.write(f"# {json.dumps(about)}\n")
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})

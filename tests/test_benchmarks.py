@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 import os
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
-from benchmarks import cases, models, report, results, targets
+from benchmarks import cases, compare, models, report, results, targets
 from benchmarks.cases import (
     CALL,
     FORWARD,
@@ -318,7 +321,7 @@ for case in product(OPS, LAYOUTS, [torch.float32], [16 << 10], [FORWARD]):
 
 def gpu_host(tmp_path, **environment):
     script = results.ROOT / "benchmarks" / "gpu_host.sh"
-    environment = os.environ | {"PYTHON": sys.executable} | environment
+    environment = os.environ | {"PYTHON": sys.executable, "COMMIT": "0123abc"} | environment
     done = subprocess.run([script, tmp_path], env=environment, capture_output=True, text=True)
     return done.returncode, (tmp_path / "summary.txt").read_text()
 
@@ -332,3 +335,105 @@ def test_a_gpu_hosts_stages_say_why_they_did_not_run(tmp_path):
     status, summary = gpu_host(tmp_path, STAGES="tests", LIMIT="0")
     assert status == 1
     assert "tests      not run: the 0 s are used up" in summary
+
+
+def tree_in_a_repository(folder):
+    """A tree without a history of its own, in the repository of something else."""
+    tree = folder / "tree"
+    shutil.copytree(results.ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "of something else"]):
+        name = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+        subprocess.run(["git", "-C", folder, *name, *arguments], check=True)
+    return tree
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="makes a repository")
+
+
+@needs_git
+def test_a_repository_around_the_tree_is_not_its_history(tmp_path, monkeypatch):
+    tree = tree_in_a_repository(tmp_path)
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert results.commit(tree) == "unknown"
+    monkeypatch.setenv("COMMIT", "0123abc")
+    assert results.commit(tree) == "0123abc"
+    # What has a history goes by that.
+    head = results.git(tmp_path, "rev-parse", "--short=12", "HEAD")
+    assert results.commit(tmp_path) == head
+    (tmp_path / "tree" / "benchmarks" / "cases.py").unlink()
+    assert results.commit(tmp_path) == f"{head}-dirty"
+
+
+@needs_git
+def test_a_gpu_host_asks_for_the_commit_of_a_tree_without_history(tmp_path):
+    tree = tree_in_a_repository(tmp_path)
+    command = [tree / "benchmarks" / "gpu_host.sh", tmp_path / "out"]
+    environment = {k: v for k, v in os.environ.items() if k != "COMMIT"} | {"PYTHON": sys.executable, "STAGES": "none"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "COMMIT=" in done.stdout
+    done = subprocess.run(command, env=environment | {"COMMIT": "0123abc"}, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "commit 0123abc\n" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+@pytest.fixture
+def base_tree(tmp_path):
+    """This very package once more, as another build."""
+    tree = tmp_path / "base"
+    shutil.copytree(results.ROOT / "safe_inplace", tree / "safe_inplace", ignore=shutil.ignore_patterns("__pycache__"))
+    return tree
+
+
+def test_two_builds_are_compared_until_one_breaks(base_tree, tmp_path, capfd, monkeypatch):
+    """The base knows no add_, and its add_mul_ ends the process. One run for all: it starts two processes."""
+    module = base_tree / "safe_inplace" / "__init__.py"
+    module.write_text(module.read_text() + "\ndel add_\ndef add_mul_(*_):\n    raise SystemExit(7)\n")
+    monkeypatch.setenv("BASE_COMMIT", "4567def")
+    out = tmp_path / "compare.csv"
+    options = ["--device", "cpu", "--ops", "add_", "mul_", "add_mul_", "--layouts", "full", "--sizes", "4KiB"]
+    options += ["--rounds", "3", "--seconds", "1e-5", "--output", str(out)]
+    assert command.main(["compare", "--base", str(base_tree), *options]) == 1
+    said = capfd.readouterr().out
+    assert "the process of the base build ended with 7" in said
+    assert "1 are of ops that one of the builds does not have" in said
+    assert "in 1 cases" in said
+    first, *lines = out.read_text().splitlines()
+    about, rows = json.loads(first.removeprefix("# ")), list(csv.DictReader(lines))
+    assert (about["base"], about["measured"]) == ("4567def", "1 of 2 cases")
+    assert about["extension"] == about["base_extension"]
+    assert "--serve" not in about["command"]
+    assert [(row["op"], row["implementation"]) for row in rows] == [("mul_", who) for who in (IN_PLACE, OUT_OF_PLACE, OURS)]
+    for row in rows:
+        assert row["turns"] == "3"
+        assert 0 < float(row["low"]) <= float(row["ratio"]) <= float(row["high"])
+
+
+def test_nothing_but_the_package_of_a_base_can_be_imported(base_tree):
+    (base_tree / "benchmarks").mkdir()
+    wheel = Path(shutil.make_archive(str(base_tree), "zip", base_tree)).rename(base_tree.with_suffix(".whl"))
+    with compare.package_of(base_tree) as package:
+        assert os.listdir(package.parent) == ["safe_inplace"]
+        assert package.resolve() == base_tree / "safe_inplace"
+    with compare.package_of(wheel) as package:
+        assert sorted(os.listdir(package)) == sorted(os.listdir(base_tree / "safe_inplace"))
+        assert os.listdir(package.parent) == ["safe_inplace"]
+
+
+def test_a_ratio_is_taken_within_a_turn():
+    """The machine is ten times slower in the second turn: for both builds, and for no ratio."""
+    row = rows_of_a_tiny_run()[0]
+    asked = []
+
+    class Pretended:
+        def __init__(self, name, times):
+            self.name, self.times = name, iter(times)
+
+        def measure(self, job):
+            asked.append(self.name)
+            return [replace(row, p50=next(self.times))]
+
+    (found,) = compare.in_turns(Pretended("new", [2.0, 30.0, 2.0]), Pretended("base", [1.0, 10.0, 2.0]), 0, 3)
+    assert (found.ratio, found.low, found.high) == (2.0, 1.0, 3.0)
+    assert (found.new, found.base) == (2.0, 2.0)
+    assert asked == ["base", "new", "new", "base", "base", "new"]
