@@ -7,11 +7,15 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include "checks.h"
 #include "fallback.h"
 #include "node.h"
+#include "ownership.h"
 #include "prepare.h"
+#include "temporaries.h"
 
 namespace safe_inplace {
 
@@ -32,7 +36,7 @@ class Undisturbed {
   void check() const {
     const Undisturbed now(call_);
     for (int i = 0; i <= call_.info().operands; ++i) {
-      TORCH_CHECK(states_[i] == now.states_[i], call_.info().name, "(): a saved-tensor hook changed the argument '",
+      TORCH_CHECK(states_[i] == now.states_[i], call_.name(), "(): a saved-tensor hook changed the argument '",
                   i == 0 ? "input" : call_.info().operand_names[i - 1],
                   "' while the op was saving it; nothing was written. Hooks may copy what they are given, not change it");
     }
@@ -83,8 +87,8 @@ bool must_record(const Call& call) {
 }
 
 // The node with its edges and with the operands that backward reads.
-NodePtr<InplaceNode> record(const Call& call) {
-  NodePtr<InplaceNode> node = make_node_of(call.op);
+NodePtr<OpNode> record(const Call& call) {
+  NodePtr<OpNode> node = make_node_of(call.op, call.form);
   node->parameter = call.parameter;
   node->add_next_edge(torch::autograd::impl::gradient_edge(*call.input));
   node->shapes[0] = shape_of(*call.input);
@@ -100,32 +104,32 @@ NodePtr<InplaceNode> record(const Call& call) {
   }
   each_tensor(call, [&](const at::Tensor& tensor, int i) {
     if (node->needs(Factor(i))) {
-      // What shares memory or a version counter with the input is overwritten, or looks so: save its value instead.
-      const bool aliased = share_storage(tensor, *call.input);
-      node->saved[i] = SavedVariable(aliased ? tensor.clone() : tensor, /*is_output=*/false);
+      // What shares memory or a version counter with an input that is written is overwritten, or looks so: save its value instead.
+      const bool overwritten = call.form == Form::InPlace && share_storage(tensor, *call.input);
+      node->saved[i] = SavedVariable(overwritten ? tensor.clone() : tensor, /*is_output=*/false);
     }
   });
   return node;
 }
 
 // The kept value by an operator that returns it: a mode may answer any of them with what it returned before.
-at::Tensor kept_by_operator(const Call& call) {
+at::Tensor kept_by_operator(const Call& call, at::ScalarType dtype) {
   const at::Tensor& input = *call.input;
   if (call.info().kept == Kept::Input) {
     return input.clone();
   }
   const Operand& other = call.operands[0];
   const at::Tensor sum = other.tensor != nullptr ? at::add(input, *other.tensor) : at::add(input, other.number);
-  return sum.scalar_type() == input.scalar_type() ? sum : sum.to(input.scalar_type()); // which would be seen to return its input
+  return sum.scalar_type() == dtype ? sum : sum.to(dtype); // which would be seen to return its input
 }
 
 // The memory that the kernel will write the kept value to; or the value itself, where somebody looks at it before that: a hook,
 // or a mode that sees operators by their names.
-at::Tensor save_kept(const Call& call, InplaceNode& node, bool ahead) {
+at::Tensor save_kept(const Call& call, OpNode& node, bool ahead) {
   at::Tensor kept;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    kept = ahead ? kept_by_operator(call) : at::empty_like(*call.input);
+    kept = ahead ? kept_by_operator(call, call.input->scalar_type()) : at::empty_like(*call.input);
   }
   node.saved[int(Factor::Kept)] = SavedVariable(kept, /*is_output=*/false);
   return ahead ? at::Tensor() : kept;
@@ -133,7 +137,7 @@ at::Tensor save_kept(const Call& call, InplaceNode& node, bool ahead) {
 
 } // namespace
 
-void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below) {
+void write_with_autograd(c10::DispatchKeySet keys, const Call& call, WriteBelow below) {
   const bool dense = has_kernel(call);
   if (!dense || has_forward_gradient(call)) {
     return write_by_fallback(call, dense);
@@ -148,7 +152,7 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
   }
   // Record. Everything that can fail comes before the write: what is saved is saved here, the kept value too.
   const bool listener = c10::impl::TorchDispatchModeTLS::any_modes_set();
-  NodePtr<InplaceNode> node;
+  NodePtr<OpNode> node;
   at::Tensor kept;
   if (records) {
     const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
@@ -176,6 +180,95 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
   if (node) {
     torch::autograd::rebase_history(*call.input, std::move(node));
   }
+}
+
+namespace {
+
+// What backward reads of an out-of-place call besides its operands: the input as it is, or the memory that the kernel will write
+// the kept value to.
+at::Tensor save_kept_out_of_place(const Call& call, const Prepared& prepared, OpNode& node, bool ahead) {
+  SavedVariable& saved = node.saved[int(Factor::Kept)];
+  if (call.info().kept == Kept::Input) {
+    saved = SavedVariable(*call.input, /*is_output=*/false);
+    return at::Tensor();
+  }
+  at::Tensor kept;
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    kept = ahead ? kept_by_operator(call, prepared.result.dtype) : make_fresh(prepared.result, call.input->device());
+  }
+  saved = SavedVariable(kept, /*is_output=*/false);
+  return ahead ? at::Tensor() : kept;
+}
+
+// The operand whose memory becomes the result's: a temporary, of the result's layout, that nobody sees any more. What has been
+// saved somebody sees.
+std::optional<int> choose_operand(const Call& call, const Prepared& prepared, const Temporaries* temporaries) {
+  if (temporaries == nullptr || prepared.by != Prepared::By::Kernel || torch::jit::tracer::isTracing()) {
+    return std::nullopt;
+  }
+  const ResultLayout& result = prepared.result;
+  const auto fits = [&](const at::Tensor& tensor) {
+    return temporaries->contain(tensor) && tensor.scalar_type() == result.dtype &&
+           tensor.sizes() == at::IntArrayRef(result.sizes) && tensor.strides() == at::IntArrayRef(result.strides) &&
+           may_take_over(tensor);
+  };
+  if (fits(*call.input)) {
+    return 0;
+  }
+  std::optional<int> found;
+  each_tensor(call, [&](const at::Tensor& tensor, int i) {
+    if (!found && fits(tensor)) {
+      found = i + 1;
+    }
+  });
+  return found;
+}
+
+} // namespace
+
+at::Tensor call_with_autograd(c10::DispatchKeySet keys, const Call& call, CallBelow below) {
+  const Temporaries* const temporaries = Temporaries::claim();
+  const bool dense = has_kernel(call);
+  if (!dense || has_forward_gradient(call)) {
+    return result_by_fallback(call);
+  }
+  // Prepare.
+  const bool records = must_record(call);
+  Prepared prepared = prepare(call);
+  if (prepared.by == Prepared::By::Fallback) {
+    return result_by_fallback(call);
+  }
+  // Record.
+  const bool listener = c10::impl::TorchDispatchModeTLS::any_modes_set();
+  NodePtr<OpNode> node;
+  at::Tensor kept;
+  if (records) {
+    const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+    const auto before = hooks ? std::make_optional<Undisturbed>(call) : std::nullopt;
+    node = record(call);
+    if (node->needs(Factor::Kept)) {
+      kept = save_kept_out_of_place(call, prepared, *node, hooks || listener || prepared.by != Prepared::By::Kernel);
+    }
+    if (hooks) {
+      before->check();
+    }
+  }
+  // Run.
+  at::Tensor result;
+  if (listener) {
+    const at::AutoDispatchBelowAutograd guard;
+    result = below(keys & c10::after_autograd_keyset, call);
+  } else {
+    if (kept.defined()) {
+      set_kept(prepared, call, kept);
+    }
+    result = run_out_of_place(prepared, call, choose_operand(call, prepared, temporaries));
+  }
+  if (node) {
+    torch::autograd::set_history(result, std::move(node));
+  }
+  return result;
 }
 
 } // namespace safe_inplace

@@ -18,6 +18,10 @@ struct Backend {
   // Digests `bytes` bytes from `data` into `result`, a 0-dim int64 tensor on the same device, on the current stream. Null: guard
   // has no fingerprints there.
   void (*digest)(const void* data, int64_t bytes, const at::Tensor& result) = nullptr;
+  // Whether the kernels take half and bfloat16 beside float, ...
+  bool takes_narrower = false;
+  // ... and sum up the gradient of an input that was broadcast.
+  bool sums_for_input = false;
 };
 
 // The name of a capsule that holds one, by which an extension of its own hands it to `_C.register_backend`.

@@ -20,11 +20,13 @@ struct Operand {
 
 struct Call {
   int op;
+  Form form;
   const at::Tensor* input;
   Operand operands[2];
   at::Scalar parameter = 1;
 
   const OpInfo& info() const { return infos[op]; }
+  const char* name() const { return info().names[int(form)]; }
 };
 
 // Calls visit(tensor, i) with each operand that is a tensor.

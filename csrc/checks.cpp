@@ -28,7 +28,7 @@ void check_shape(const at::Tensor& input, const at::Tensor& operand) {
 
 void check_devices(const Call& call) {
   each_tensor(call, [&](const at::Tensor& operand, int i) {
-    TORCH_CHECK(!operand.is_meta() || call.input->is_meta(), call.info().name,
+    TORCH_CHECK(!operand.is_meta() || call.input->is_meta(), call.name(),
                 "(): Expected all tensors to be on the same device, but argument '", call.info().operand_names[i],
                 "' is on meta and input is on ", call.input->device(), "; move it with .to(input.device)");
   });
@@ -68,15 +68,21 @@ void check_allocated(const at::Tensor& tensor, const char* op, const char* role,
               " bytes and its elements take ", needed, "; resize the storage before the call, or use a tensor that has memory");
 }
 
+void check_allocated(const Call& call) {
+  check_allocated(*call.input, call.name(), "argument", "input");
+  each_tensor(call, [&](const at::Tensor& tensor, int i) {
+    check_allocated(tensor, call.name(), "argument", call.info().operand_names[i]);
+  });
+}
+
 void check_memory(const Call& call) {
   const at::Tensor& input = *call.input;
-  const OpInfo& op = call.info();
-  check_allocated(input, op.name, "argument", "input");
+  check_allocated(input, call.name(), "argument", "input");
   TORCH_CHECK(!overlaps_itself(input),
               "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
               "Please clone() the tensor before performing the operation.");
   each_tensor(call, [&](const at::Tensor& tensor, int i) {
-    check_allocated(tensor, op.name, "argument", op.operand_names[i]);
+    check_allocated(tensor, call.name(), "argument", call.info().operand_names[i]);
     if (share_storage(input, tensor) && !tensor.is_same(input)) {
       at::assert_no_partial_overlap(input, tensor);
     }

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "result.h"
 
 namespace safe_inplace {
 
@@ -225,7 +226,48 @@ void write(const Call& original, bool dense) {
   }
 }
 
+// The formula's steps round to their own dtypes: its operands are widened where the result is to be rounded once.
+at::Tensor evaluate(const Call& original, bool widens) {
+  Call call = original;
+  at::Tensor wide[3] = {*call.input};
+  if (widens) {
+    wide[0] = aten::widened(wide[0]);
+    each_tensor(original, [&](const at::Tensor& operand, int i) {
+      wide[i + 1] = aten::widened(operand);
+      call.operands[i].tensor = &wide[i + 1];
+    });
+  }
+  at::Tensor result;
+  with_op(call.op, [&]<class Op>(Op) {
+    result = Op::template result<Value>(wide[0], call.operands[0], call.operands[1], call.parameter).tensor;
+  });
+  return result;
+}
+
 } // namespace
+
+at::Tensor result_by_fallback(const Call& call) {
+  if (!any_tensor(call, [](const at::Tensor& tensor) { return opmath_type(tensor.scalar_type()) != tensor.scalar_type(); })) {
+    return evaluate(call, /*widens=*/false);
+  }
+  const bool one_step = call.info().torch_method == TorchMethod::ForAnyOperands;
+  return one_step ? evaluate(call, /*widens=*/false) : evaluate(call, /*widens=*/true).to(result_dtype(call));
+}
+
+at::Tensor meta_result(const Call& original) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto without_values = [](const at::Tensor& tensor) {
+    return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kMeta));
+  };
+  Call call = original;
+  at::Tensor meta[3] = {without_values(*call.input)};
+  call.input = &meta[0];
+  each_tensor(original, [&](const at::Tensor& operand, int i) {
+    meta[i + 1] = without_values(operand);
+    call.operands[i].tensor = &meta[i + 1];
+  });
+  return evaluate(call, /*widens=*/false);
+}
 
 void write_by_fallback(const Call& call, bool dense) {
   check_devices(call);

@@ -37,6 +37,9 @@ struct CallFacts {
   bool complex_number; // the first operand is a complex number, not a tensor
 };
 
+// Every op comes in two forms: its result is written over the input, or to a tensor of its own. Indexes `names` and `nodes`.
+enum class Form : signed char { InPlace, OutOfPlace };
+
 // What most ops share.
 struct OpDefaults {
   static constexpr const char* parameter = nullptr;
@@ -48,8 +51,8 @@ struct OpDefaults {
 };
 
 struct Add : OpDefaults {
-  static constexpr const char* name = "add_";
-  static constexpr const char* node = "AddInplaceBackward";
+  static constexpr const char* names[2] = {"add_", "add"};
+  static constexpr const char* nodes[2] = {"AddInplaceBackward", "AddBackward"};
   static constexpr int operands = 1;
   static constexpr const char* operand_names[2] = {"other", nullptr};
   static constexpr const char* parameter = "alpha";
@@ -70,8 +73,8 @@ struct Add : OpDefaults {
 };
 
 struct Mul : OpDefaults {
-  static constexpr const char* name = "mul_";
-  static constexpr const char* node = "MulInplaceBackward";
+  static constexpr const char* names[2] = {"mul_", "mul"};
+  static constexpr const char* nodes[2] = {"MulInplaceBackward", "MulBackward"};
   static constexpr int operands = 1;
   static constexpr const char* operand_names[2] = {"other", nullptr};
   static constexpr Kept kept = Kept::Input;
@@ -91,8 +94,8 @@ struct Mul : OpDefaults {
 };
 
 struct AddMul : OpDefaults {
-  static constexpr const char* name = "add_mul_";
-  static constexpr const char* node = "AddMulInplaceBackward";
+  static constexpr const char* names[2] = {"add_mul_", "add_mul"};
+  static constexpr const char* nodes[2] = {"AddMulInplaceBackward", "AddMulBackward"};
   static constexpr int operands = 2;
   static constexpr const char* operand_names[2] = {"other", "scale"};
   static constexpr Kept kept = Kept::InputPlusFirst;
@@ -105,8 +108,8 @@ struct AddMul : OpDefaults {
 };
 
 struct MulAdd : OpDefaults {
-  static constexpr const char* name = "mul_add_";
-  static constexpr const char* node = "MulAddInplaceBackward";
+  static constexpr const char* names[2] = {"mul_add_", "mul_add"};
+  static constexpr const char* nodes[2] = {"MulAddInplaceBackward", "MulAddBackward"};
   static constexpr int operands = 2;
   static constexpr const char* operand_names[2] = {"scale", "shift"};
   static constexpr Kept kept = Kept::Input;
@@ -119,8 +122,8 @@ struct MulAdd : OpDefaults {
 };
 
 struct Addcmul : OpDefaults {
-  static constexpr const char* name = "addcmul_";
-  static constexpr const char* node = "AddcmulInplaceBackward";
+  static constexpr const char* names[2] = {"addcmul_", "addcmul"};
+  static constexpr const char* nodes[2] = {"AddcmulInplaceBackward", "AddcmulBackward"};
   static constexpr int operands = 2;
   static constexpr const char* operand_names[2] = {"tensor1", "tensor2"};
   static constexpr const char* parameter = "value";
@@ -151,8 +154,8 @@ SI_INLINE T kept_value(T input, T first) {
 
 // The same table for code that chooses the op at run time.
 struct OpInfo {
-  const char* name;
-  const char* node;
+  const char* names[2];
+  const char* nodes[2];
   int operands;
   const char* operand_names[2];
   const char* parameter;
@@ -165,8 +168,8 @@ struct OpInfo {
 
 template <class Op>
 constexpr OpInfo make_info() {
-  return {Op::name,
-          Op::node,
+  return {{Op::names[0], Op::names[1]},
+          {Op::nodes[0], Op::nodes[1]},
           Op::operands,
           {Op::operand_names[0], Op::operand_names[1]},
           Op::parameter,

@@ -16,12 +16,13 @@ namespace safe_inplace {
 
 void check_factors(const BackwardCall& call) {
   const OpInfo& op = call.info();
-  check_allocated(call.grad, op.node, "the gradient of", "input");
+  const char* const node = op.nodes[int(call.form)];
+  check_allocated(call.grad, node, "the gradient of", "input");
   for (int i = 0; i < 3; ++i) {
     const at::Tensor& value = call.factors[i].tensor;
     if (value.defined()) {
       check_shape(call.grad, value);
-      check_allocated(value, op.node, "the saved", i < op.operands ? op.operand_names[i] : "input");
+      check_allocated(value, node, "the saved", i < op.operands ? op.operand_names[i] : "input");
     }
   }
 }
@@ -29,10 +30,10 @@ void check_factors(const BackwardCall& call) {
 namespace {
 
 // The gradient that is to be computed, and what it is multiplied by. False where no kernel takes them.
-bool place_gradient(const BackwardCall& call, int i, BackwardPlan& plan, Layout& layout) {
+bool place_gradient(const BackwardCall& call, int i, const Main& main, BackwardPlan& plan, Layout& layout) {
   const at::Tensor& out = call.grads[i];
   DType dtype;
-  if (!kernel_dtype(out.scalar_type(), dtype) || !fits_beside(dtype, plan.dtype)) {
+  if (!kernel_dtype(out.scalar_type(), dtype) || !fits_beside(dtype, main)) {
     return false;
   }
   plan.wanted[i] = true;
@@ -42,10 +43,10 @@ bool place_gradient(const BackwardCall& call, int i, BackwardPlan& plan, Layout&
   return true;
 }
 
-bool place_factor(const BackwardCall& call, int factor, BackwardPlan& plan, Layout& layout) {
+bool place_factor(const BackwardCall& call, int factor, const Main& main, BackwardPlan& plan, Layout& layout) {
   const FactorValue& value = call.factors[factor];
   const at::Tensor* const tensor = value.tensor.defined() ? &value.tensor : nullptr;
-  return place_operand(Operand(value.number), tensor, call.grad, plan.dtype, plan.factors[factor], layout);
+  return place_operand(Operand(value.number), tensor, main, plan.factors[factor], layout);
 }
 
 bool plan_backward(const BackwardCall& call, BackwardPlan& plan) {
@@ -56,18 +57,20 @@ bool plan_backward(const BackwardCall& call, BackwardPlan& plan) {
     return false;
   }
   plan.op = call.op;
-  Layout layout(grad);
+  const Main main{grad.device(), grad.scalar_type(), plan.dtype, grad.dim()};
+  Layout layout(grad.sizes());
   layout.add(plan.grad, grad, const_cast<void*>(grad.const_data_ptr()), plan.dtype);
   bool placed[3] = {false, false, false};
   for (int i = 0; i < 3; ++i) {
     if (!call.grads[i].defined()) {
       continue;
     }
-    if (!place_gradient(call, i, plan, layout)) {
+    if (!place_gradient(call, i, main, plan, layout)) {
       return false;
     }
     const Factor factor = op.derivatives[i].factor;
-    if (factor != Factor::One && !std::exchange(placed[int(factor)], true) && !place_factor(call, int(factor), plan, layout)) {
+    if (factor != Factor::One && !std::exchange(placed[int(factor)], true) &&
+        !place_factor(call, int(factor), main, plan, layout)) {
       return false;
     }
   }

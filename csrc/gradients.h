@@ -20,6 +20,7 @@ struct OperandShape {
 
 struct BackwardCall {
   int op;
+  Form form;
   at::Scalar parameter;
   at::Tensor grad;
   FactorValue factors[3]; // first operand, second operand, kept; undefined where nobody reads them

@@ -1,5 +1,6 @@
 #include "layout.h"
 
+#include "backend.h"
 #include "numbers.h"
 
 namespace safe_inplace {
@@ -64,28 +65,35 @@ bool Layout::merges(const Shape& shape, int dim) const {
   return true;
 }
 
-bool fits_beside(DType operand, DType input) {
-  const bool reduced = input == DType::Half || input == DType::BFloat16;
-  return operand == input || (reduced && operand == DType::Float);
+namespace {
+
+bool is_reduced(DType dtype) {
+  return dtype == DType::Half || dtype == DType::BFloat16;
 }
 
-bool place_operand(const Operand& operand, const at::Tensor* tensor, const at::Tensor& input, DType dtype, Arg& arg,
-                   Layout& layout) {
+} // namespace
+
+bool fits_beside(DType operand, const Main& main) {
+  return operand == main.dtype || (is_reduced(main.dtype) && operand == DType::Float) ||
+         (main.dtype == DType::Float && is_reduced(operand) && backend_of(main.device.type())->takes_narrower);
+}
+
+bool place_operand(const Operand& operand, const at::Tensor* tensor, const Main& main, Arg& arg, Layout& layout) {
   if (tensor == nullptr) {
-    return take_number(operand.number, input.scalar_type(), arg.number);
+    return take_number(operand.number, main.type, arg.number);
   }
   const at::Tensor& value = *tensor;
-  DType operand_dtype = dtype;
+  DType operand_dtype = main.dtype;
   const bool known = kernel_dtype(value.scalar_type(), operand_dtype);
-  if (value.dim() == 0 && value.is_cpu() && (input.dim() > 0 || (known && operand_dtype == dtype)) &&
+  if (value.dim() == 0 && value.is_cpu() && (main.dim > 0 || (known && operand_dtype == main.dtype)) &&
       !at::isComplexType(value.scalar_type())) {
-    return take_scalar_tensor(value, input.scalar_type(), arg.number);
+    return take_scalar_tensor(value, main.type, arg.number);
   }
-  if (!known || !fits_beside(operand_dtype, dtype) || value.device() != input.device()) {
+  if (!known || !fits_beside(operand_dtype, main) || value.device() != main.device) {
     return false;
   }
   // A 0-dim tensor takes part in promotion as a number only: its own, wider dtype is not used.
-  if (value.dim() == 0 && operand_dtype != dtype) {
+  if (value.dim() == 0 && operand_dtype != main.dtype) {
     return false;
   }
   layout.add(arg, value, const_cast<void*>(value.const_data_ptr()), operand_dtype);

@@ -5,7 +5,8 @@
 
 namespace safe_inplace {
 
-// Sends a call through the dispatcher, to the overload that fits its operands.
-void dispatch(const Call& call);
+// Send a call through the dispatcher, to the overload that fits its operands: in place, and out of place.
+void dispatch_write(const Call& call);
+at::Tensor dispatch(const Call& call);
 
 } // namespace safe_inplace

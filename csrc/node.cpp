@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include "backend.h"
 #include "dispatch.h"
 #include "numbers.h"
 #include "ownership.h"
@@ -22,26 +23,42 @@ using torch::autograd::variable_list;
 namespace {
 
 // A type of its own for each op, by which Python tells them apart.
-template <class Op>
-struct OpNode final : InplaceNode {
-  OpNode() : InplaceNode(op_index<Op>) {}
+template <class Op, Form in_form>
+struct NodeOf final : OpNode {
+  NodeOf() : OpNode(op_index<Op>, in_form) {}
 };
 
 } // namespace
 
-NodePtr<InplaceNode> make_node_of(int op) {
-  NodePtr<InplaceNode> node;
-  with_op(op, [&]<class Op>(Op) { node = make_node<OpNode<Op>>(); });
+NodePtr<OpNode> make_node_of(int op, Form form) {
+  NodePtr<OpNode> node;
+  with_op(op, [&]<class Op>(Op) {
+    if (form == Form::InPlace) {
+      node = make_node<NodeOf<Op, Form::InPlace>>();
+    } else {
+      node = make_node<NodeOf<Op, Form::OutOfPlace>>();
+    }
+  });
   return node;
 }
+
+namespace {
+
+template <class Op, Form form>
+void register_node_type() {
+  static PyTypeObject type;
+  // Without tables of its own the type gets the methods and properties that every node of torch has.
+  torch::autograd::_initFunctionPyTypeObject(type, Op::nodes[int(form)], nullptr, nullptr);
+  torch::autograd::registerCppFunction(typeid(NodeOf<Op, form>), &type);
+}
+
+} // namespace
 
 void register_node_types() {
   for (int op = 0; op < AllOps::size; ++op) {
     with_op(op, []<class Op>(Op) {
-      static PyTypeObject type;
-      // Without tables of its own the type gets the methods and properties that every node of torch has.
-      torch::autograd::_initFunctionPyTypeObject(type, Op::node, nullptr, nullptr);
-      torch::autograd::registerCppFunction(typeid(OpNode<Op>), &type);
+      register_node_type<Op, Form::InPlace>();
+      register_node_type<Op, Form::OutOfPlace>();
     });
   }
 }
@@ -50,7 +67,7 @@ OperandShape shape_of(const at::Tensor& tensor) {
   return {at::SymDimVector(tensor.sizes().begin(), tensor.sizes().end()), tensor.scalar_type()};
 }
 
-bool InplaceNode::needs(Factor factor) const {
+bool OpNode::needs(Factor factor) const {
   for (int position = 0; position <= info().operands; ++position) {
     if (info().derivatives[position].factor == factor && should_compute_output(position)) {
       return true;
@@ -59,7 +76,7 @@ bool InplaceNode::needs(Factor factor) const {
   return false;
 }
 
-void InplaceNode::release_variables() {
+void OpNode::release_variables() {
   const std::lock_guard<std::mutex> lock(mutex_);
   // A pass that asked for `shift` alone read nothing: torch's own two nodes would leave the product's values alone.
   if (!saved_were_read) {
@@ -70,9 +87,10 @@ void InplaceNode::release_variables() {
   }
 }
 
-void InplaceNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+void OpNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
   saved_were_read = true; // the compiled graph takes them as its inputs
   args.collect(op);
+  args.collect(static_cast<int>(form));
   args.collect(parameter);
   for (const at::Scalar& number : numbers) {
     args.collect(number);
@@ -89,9 +107,12 @@ void InplaceNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args)
   }
 }
 
-// The kept value was written aside by a kernel and has no history. Higher derivatives need one: it is the old input,
-// or the old input plus the first operand.
-at::Tensor InplaceNode::kept_with_history(const at::Tensor& kept) const {
+// A kept value that was written aside by a kernel has no history. Higher derivatives need one: it is the old input, or the
+// old input plus the first operand.
+at::Tensor OpNode::kept_with_history(const at::Tensor& kept) const {
+  if (form == Form::OutOfPlace && info().kept == Kept::Input) {
+    return kept; // the input itself
+  }
   at::Tensor value = kept.variable_data();
   if (info().kept == Kept::Input) {
     if (next_edge(0).is_valid()) {
@@ -100,7 +121,7 @@ at::Tensor InplaceNode::kept_with_history(const at::Tensor& kept) const {
     return value;
   }
   if (next_edge(0).is_valid() || next_edge(1).is_valid()) {
-    NodePtr<InplaceNode> sum = make_node_of(op_index<Add>);
+    NodePtr<OpNode> sum = make_node_of(op_index<Add>, Form::OutOfPlace);
     sum->shapes[0] = shapes[0];
     sum->shapes[1] = shapes[1];
     sum->add_next_edge(next_edge(0));
@@ -111,7 +132,7 @@ at::Tensor InplaceNode::kept_with_history(const at::Tensor& kept) const {
   return value;
 }
 
-void InplaceNode::unpack(BackwardCall& call) {
+void OpNode::unpack(BackwardCall& call) {
   for (int position = 0; position <= info().operands; ++position) {
     const Factor factor = info().derivatives[position].factor;
     if (factor == Factor::One || !wanted(position) || call.factors[int(factor)].tensor.defined()) {
@@ -128,7 +149,7 @@ void InplaceNode::unpack(BackwardCall& call) {
   }
 }
 
-variable_list InplaceNode::apply(variable_list&& grads) {
+variable_list OpNode::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   variable_list results(num_outputs());
   if (!grads[0].defined()) {
@@ -137,6 +158,7 @@ variable_list InplaceNode::apply(variable_list&& grads) {
   {
     BackwardCall call;
     call.op = op;
+    call.form = form;
     call.parameter = parameter;
     // The engine's handle is taken over, so that the count of the others tells whether the memory may be reused.
     call.grad = std::move(grads[0]);
@@ -153,18 +175,18 @@ variable_list InplaceNode::apply(variable_list&& grads) {
   return results;
 }
 
-c10::IntArrayRef InplaceNode::sizes_of(int position) const {
+c10::IntArrayRef OpNode::sizes_of(int position) const {
   return c10::asIntArrayRefUnchecked(shapes[position].sizes);
 }
 
 // Whether a gradient has the incoming one's sizes and dtype.
-bool InplaceNode::has_grads_layout(int position, const BackwardCall& call) const {
+bool OpNode::has_grads_layout(int position, const BackwardCall& call) const {
   return sizes_of(position) == call.grad.sizes() && shapes[position].dtype == call.grad.scalar_type();
 }
 
 // A tracer, a recorder of higher derivatives or a wrapper must see operations it knows. A hook of the node may have put another
 // gradient in the place of this one.
-bool InplaceNode::kernel_may_see(const BackwardCall& call) const {
+bool OpNode::kernel_may_see(const BackwardCall& call) const {
   if (c10::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || !has_kernel(call.grad)) {
     return false;
   }
@@ -173,32 +195,71 @@ bool InplaceNode::kernel_may_see(const BackwardCall& call) const {
       return false;
     }
   }
-  return call.grad.sizes() == sizes_of(0);
+  const bool sums_input = wanted(0) && sizes_of(0) != call.grad.sizes();
+  return has_results_sizes(call.grad) && (!sums_input || backend_of(call.grad.device().type())->sums_for_input);
+}
+
+bool OpNode::has_results_sizes(const at::Tensor& grad) const {
+  return form == Form::InPlace ? grad.sizes() == sizes_of(0)
+                               : grad.sizes() == c10::asIntArrayRefUnchecked(input_metadata(0).shape_as_dim_vector());
 }
 
 // A gradient that equals the incoming one is the incoming one, as in torch's own add.
-bool InplaceNode::is_grad_itself(int position, const BackwardCall& call) const {
+bool OpNode::is_grad_itself(int position, const BackwardCall& call) const {
   const Derivative& derivative = info().derivatives[position];
   return derivative.factor == Factor::One && (!derivative.times_parameter || parameter.equal(1)) &&
          has_grads_layout(position, call);
 }
 
 // ... and one that equals the input's gradient is that one.
-bool InplaceNode::is_inputs(int position, const BackwardCall& call) const {
-  return position > 0 && wanted(0) && info().derivatives[position] == info().derivatives[0] && has_grads_layout(position, call);
+bool OpNode::is_inputs(int position, const BackwardCall& call) const {
+  return position > 0 && wanted(0) && info().derivatives[position] == info().derivatives[0] && has_grads_layout(position, call) &&
+         has_grads_layout(0, call);
 }
 
-// The kept value, once the graph can be released, and the incoming gradient, unless it is handed on: where nobody else can see
-// them, a gradient of the same layout is written over them. The operands choose before the input, which takes what they leave.
-void InplaceNode::choose_memory(BackwardCall& call) {
+// What was saved is nobody's once the graph is released: where nobody else sees it, a gradient of the same layout is written over it.
+bool OpNode::take_saved(BackwardCall& call, int factor) {
+  at::Tensor& value = call.factors[factor].tensor;
+  if (!value.defined() || !graph_is_released()) {
+    return false;
+  }
+  // From here on the graph cannot be walked again: it would be released after this call anyway.
+  saved[factor].reset_data();
+  if (value.scalar_type() != call.grad.scalar_type() || value.sizes() != call.grad.sizes() || !may_overwrite_saved(value)) {
+    return false;
+  }
+  if (value.requires_grad()) {
+    value = value.variable_data(); // what is written there has not its history
+  }
+  return true;
+}
+
+// Whether an element-wise gradient other than this one is multiplied by the factor: it might be computed after this one is written.
+bool OpNode::others_read(int factor, int position) const {
+  for (int other = 0; other < static_cast<int>(num_outputs()); ++other) {
+    const bool reads = wanted(other) && int(info().derivatives[other].factor) == factor;
+    if (other != position && reads && sizes_of(other) == sizes_of(position)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+at::Tensor OpNode::fresh_gradient(int position, const at::Tensor& grad) const {
+  const at::ScalarType own = shapes[position].dtype;
+  const at::ScalarType dtype = grad.scalar_type();
+  const bool narrowed = dtype == at::kFloat && opmath_type(own) == at::kFloat && backend_of(grad.device().type())->takes_narrower;
+  const auto options = grad.options().dtype(own == dtype || narrowed ? own : opmath_type(dtype));
+  return sizes_of(position) == grad.sizes() ? at::empty_like(grad, options) : at::empty(sizes_of(position), options);
+}
+
+// The saved values and the incoming gradient, unless it is handed on, give their memory where they can. The operands choose before
+// the input, which takes what they leave.
+void OpNode::choose_memory(BackwardCall& call) {
   const int count = static_cast<int>(num_outputs());
-  at::Tensor& kept = call.factors[int(Factor::Kept)].tensor;
-  bool kept_is_free = false;
-  if (kept.defined() && graph_is_released()) {
-    // From here on the graph cannot be walked again: it would be released after this call anyway.
-    saved[int(Factor::Kept)].reset_data();
-    kept_is_free =
-        kept.scalar_type() == call.grad.scalar_type() && kept.sizes() == call.grad.sizes() && may_overwrite_in_backward(kept);
+  bool factor_is_free[3];
+  for (int factor = 0; factor < 3; ++factor) {
+    factor_is_free[factor] = take_saved(call, factor);
   }
   bool grad_is_free = true;
   for (int position = 0; position < count; ++position) {
@@ -211,24 +272,34 @@ void InplaceNode::choose_memory(BackwardCall& call) {
       continue;
     }
     at::Tensor& out = call.grads[position];
-    const bool reads_kept = info().derivatives[position].factor == Factor::Kept;
     if (!has_grads_layout(position, call)) {
-      const at::ScalarType dtype = call.grad.scalar_type();
-      const at::ScalarType own = shapes[position].dtype;
-      out = at::empty(sizes_of(position), call.grad.options().dtype(own == dtype ? dtype : opmath_type(dtype)));
-    } else if (kept_is_free && (reads_kept || (position == 0 && !grad_is_free))) {
-      out = kept;
-      kept_is_free = false;
-    } else if (grad_is_free) {
+      out = fresh_gradient(position, call.grad);
+      continue;
+    }
+    const bool reads_kept = info().derivatives[position].factor == Factor::Kept;
+    for (int factor = 0; factor < 3 && !out.defined(); ++factor) {
+      if (!factor_is_free[factor] || others_read(factor, position)) {
+        continue;
+      }
+      const at::Tensor& value = call.factors[factor].tensor;
+      const bool better_left = factor == int(Factor::Kept) ? !reads_kept && (position != 0 || grad_is_free)
+                                                           : grad_is_free || value.strides() != call.grad.strides();
+      if (!better_left) {
+        out = value;
+        factor_is_free[factor] = false;
+      }
+    }
+    if (!out.defined() && grad_is_free) {
       out = call.grad;
       grad_is_free = false;
-    } else {
-      out = at::empty_like(call.grad);
+    }
+    if (!out.defined()) {
+      out = fresh_gradient(position, call.grad);
     }
   }
 }
 
-void InplaceNode::hand_out(const BackwardCall& call, variable_list& results) const {
+void OpNode::hand_out(const BackwardCall& call, variable_list& results) const {
   for (int position = 0; position < static_cast<int>(results.size()); ++position) {
     if (wanted(position)) {
       const at::Tensor& computed = call.grads[is_inputs(position, call) ? 0 : position];
@@ -237,7 +308,7 @@ void InplaceNode::hand_out(const BackwardCall& call, variable_list& results) con
   }
 }
 
-bool InplaceNode::compute(BackwardCall& call, variable_list& results) {
+bool OpNode::compute(BackwardCall& call, variable_list& results) {
   if (!kernel_may_see(call)) {
     return false;
   }
@@ -257,6 +328,7 @@ variable_list gradients_by_fallback(const variable_list& grads, const std::vecto
   BackwardCall call;
   call.grad = grads[0];
   call.op = static_cast<int>(args.unpack<int64_t>());
+  call.form = Form::InPlace; // no matter in the fallback
   call.parameter = args.unpack<at::Scalar>();
   const auto wanted = args.unpack<std::vector<bool>>();
   for (FactorValue& factor : call.factors) {
@@ -275,7 +347,7 @@ variable_list gradients_by_fallback(const variable_list& grads, const std::vecto
 }
 
 // Compiled autograd hands out gradients without sizes and asks for a function that it can put into its graph.
-variable_list InplaceNode::apply_with_saved(const variable_list& inputs, torch::dynamo::autograd::SwapSavedVariables& swap) {
+variable_list OpNode::apply_with_saved(const variable_list& inputs, torch::dynamo::autograd::SwapSavedVariables& swap) {
   for (SavedVariable& variable : saved) {
     swap.before(variable);
   }

@@ -12,22 +12,23 @@
 
 namespace safe_inplace {
 
-struct InplaceNode : torch::autograd::Node {
+struct OpNode : torch::autograd::Node {
   using variable_list = torch::autograd::variable_list;
 
-  int op = 0;
+  int op;
+  Form form;
   at::Scalar parameter = 1;
-  // What the gradients are multiplied by: the operands, then the kept value.
+  // What the gradients are multiplied by: the operands, then the kept value, which out of place may be the input itself.
   torch::autograd::SavedVariable saved[3];
   at::Scalar numbers[2];
   mutable bool saved_were_read = false;
   // Of input, first and second operand; numbers have none.
   OperandShape shapes[3];
 
-  explicit InplaceNode(int op_) : op(op_) {}
+  OpNode(int op_, Form form_) : op(op_), form(form_) {}
 
   const OpInfo& info() const { return infos[op]; }
-  std::string name() const override { return info().node; }
+  std::string name() const override { return info().nodes[int(form)]; }
 
   // Whether some gradient that this graph may be asked for is multiplied by it.
   bool needs(Factor factor) const;
@@ -46,15 +47,19 @@ struct InplaceNode : torch::autograd::Node {
   bool compute(BackwardCall& call, variable_list& results);
   c10::IntArrayRef sizes_of(int position) const;
   bool kernel_may_see(const BackwardCall& call) const;
+  bool has_results_sizes(const at::Tensor& grad) const;
   bool has_grads_layout(int position, const BackwardCall& call) const;
   bool is_grad_itself(int position, const BackwardCall& call) const;
   bool is_inputs(int position, const BackwardCall& call) const;
+  bool take_saved(BackwardCall& call, int factor);
+  bool others_read(int factor, int position) const;
+  at::Tensor fresh_gradient(int position, const at::Tensor& grad) const;
   void choose_memory(BackwardCall& call);
   void hand_out(const BackwardCall& call, variable_list& results) const;
 };
 
 // A new node of the op.
-NodePtr<InplaceNode> make_node_of(int op);
+NodePtr<OpNode> make_node_of(int op, Form form);
 
 OperandShape shape_of(const at::Tensor& tensor);
 

@@ -170,9 +170,26 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
   }
 }
 
+bool may_overwrite_saved(const at::Tensor& saved, size_t handles) {
+  return !c10::GradMode::is_enabled() && graph_is_released() && is_sole_owner(saved, handles) &&
+         readers_are_ordered(saved.device());
+}
+
 bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles) {
-  return !c10::GradMode::is_enabled() && !tensor.requires_grad() && graph_is_released() && is_sole_owner(tensor, handles) &&
-         readers_are_ordered(tensor.device());
+  return !tensor.requires_grad() && may_overwrite_saved(tensor, handles);
+}
+
+bool may_take_over(const at::Tensor& temporary) {
+  // On other devices a reader on another stream may be on its way, and nothing here would know.
+  if (!temporary.is_cpu() || temporary.is_view() || temporary.storage_offset() != 0 || !is_sole_owner(temporary)) {
+    return false;
+  }
+  // Nobody may come back to it: neither through a weak reference, nor by what autograd is to tell of it.
+  if (temporary.weak_use_count() != 1 || (temporary.is_leaf() && temporary.requires_grad())) {
+    return false;
+  }
+  const auto* meta = torch::autograd::impl::get_autograd_meta(temporary);
+  return meta == nullptr || (meta->hooks_.empty() && !meta->retains_grad_);
 }
 
 } // namespace safe_inplace

@@ -22,23 +22,28 @@ struct Shape {
   int64_t numel = 0;
 };
 
-// input = op(input, operands, parameter), and `kept` (when its data is set) = the value that backward needs. An
-// operand's dtype is input's, or float beside a half or bfloat16 input. Numbers are already rounded where torch does.
+// result = op(input, operands, parameter), and `kept` (when its data is set) = the value that backward needs. Without a result
+// the input is written. The result, the kept value and an input without a result are of the plan's dtype; what is only read is
+// of the plan's dtype, or float beside half and bfloat16, or half and bfloat16 beside float where the backend reads that.
+// Numbers are already rounded where torch does. A result may be the memory of the input or of an operand: then its layout is.
 struct ForwardPlan {
   int op = 0; // index in AllOps
   DType dtype = DType::Float;
   Shape shape;
+  Arg result;
   Arg input;
   Arg operands[2];
   Arg kept;
   double parameter[2] = {1, 0};
+
+  const Arg& written() const { return result.data != nullptr ? result : input; }
 };
 
 // For every wanted operand i: grads[i] = sum over its broadcast dimensions of
 //   grad * conj(factor_i) * (times_parameter_i ? conj(parameter) : 1)
 // with derivatives from the op table. factors[] hold first operand, second operand, kept value, where some wanted gradient
-// reads them. grads[i].data may be the memory of grad, or of factors[Kept]: then it is element-wise, in grad's dtype, and
-// every other gradient must have read an element before it is overwritten.
+// reads them. grads[i].data may be the memory of grad, or of a factor: then it is element-wise, in grad's dtype, and every
+// other gradient must have read an element before it is overwritten. Other dtypes stand beside each other as in forward.
 // A broadcast dimension has stride 0 in grads[i].
 struct BackwardPlan {
   int op = 0;

@@ -20,6 +20,7 @@
 #include "guard/module.h"
 #include "library.h"
 #include "node.h"
+#include "temporaries.h"
 
 namespace safe_inplace {
 
@@ -44,12 +45,14 @@ std::string describe(PyObject* value) {
 
 struct Signature {
   const OpInfo& op;
+  Form form;
 
+  const char* op_name() const { return op.names[int(form)]; }
   int count() const { return 1 + op.operands + (op.parameter != nullptr ? 1 : 0); }
   const char* name(int i) const { return i == 0 ? "input" : i <= op.operands ? op.operand_names[i - 1] : op.parameter; }
   bool is_parameter(int i) const { return i > op.operands; }
   std::string text() const {
-    std::string text = std::string(op.name) + "(input";
+    std::string text = std::string(op_name()) + "(input";
     for (int i = 0; i < op.operands; ++i) {
       text += std::string(", ") + op.operand_names[i];
     }
@@ -61,7 +64,7 @@ struct Signature {
 void collect(const Signature& signature, PyObject* const* args, Py_ssize_t positional, PyObject* keywords, PyObject** out) {
   const int most = 1 + signature.op.operands;
   if (positional > most) {
-    raise_type_error(std::string(signature.op.name) + "(): " + std::to_string(positional) +
+    raise_type_error(std::string(signature.op_name()) + "(): " + std::to_string(positional) +
                      " positional arguments given, the signature is " + signature.text());
   }
   for (Py_ssize_t i = 0; i < positional; ++i) {
@@ -77,15 +80,15 @@ void collect(const Signature& signature, PyObject* const* args, Py_ssize_t posit
       }
     }
     if (found < 0 || out[found] != nullptr) {
-      raise_type_error(std::string(signature.op.name) + "(): " + (found < 0 ? "unknown" : "repeated") + " argument '" +
+      raise_type_error(std::string(signature.op_name()) + "(): " + (found < 0 ? "unknown" : "repeated") + " argument '" +
                        py::cast<std::string>(py::handle(key)) + "', the signature is " + signature.text());
     }
     out[found] = args[positional + k];
   }
   for (int i = 0; i < most; ++i) {
     if (out[i] == nullptr) {
-      raise_type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) + "' is missing, the signature is " +
-                       signature.text());
+      raise_type_error(std::string(signature.op_name()) + "(): argument '" + signature.name(i) +
+                       "' is missing, the signature is " + signature.text());
     }
   }
 }
@@ -167,14 +170,15 @@ bool take_parameter(PyObject* value, at::Scalar& out) {
                                                          : "a torch.Tensor or a Python number";
   std::string remedy;
   if (i == 0 && THPUtils_checkScalar(value)) {
-    remedy = "; a number cannot be written in place, wrap it with torch.tensor";
+    remedy = signature.form == Form::InPlace ? "; a number cannot be written in place, wrap it with torch.tensor"
+                                             : "; wrap it with torch.tensor";
   } else if (signature.is_parameter(i) && THPVariable_Check(value)) {
     remedy = THPVariable_Unpack(value).dim() == 0 ? " that requires a gradient, which would be lost; pass its value with .item()"
                                                   : "; pass its value with .item()";
   } else if (PySequence_Check(value) && !PyUnicode_Check(value)) {
     remedy = "; convert it with torch.as_tensor";
   }
-  raise_type_error(std::string(signature.op.name) + "(): argument '" + signature.name(i) + "' must be " + wanted +
+  raise_type_error(std::string(signature.op_name()) + "(): argument '" + signature.name(i) + "' must be " + wanted +
                    ", but it is " + describe(value) + remedy);
 }
 
@@ -188,7 +192,7 @@ PyObject* call_override(const Signature& signature, PyObject* const* args, Py_ss
     named[py::handle(PyTuple_GET_ITEM(keywords, k))] = py::handle(args[positional + k]);
   }
   const py::handle handler(override_handler);
-  return handler(signature.op.name, positionals, named).release().ptr();
+  return handler(signature.op_name(), positionals, named).release().ptr();
 }
 
 bool overrides_torch_functions(PyObject* value) {
@@ -203,11 +207,44 @@ bool overrides_torch_functions(PyObject* value) {
       .cast<bool>();
 }
 
+using EntryPoint = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*);
+
+PyCFunction as_c_function(EntryPoint entry) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry));
+}
+
 // Below this a thread switch costs more than the call.
 constexpr int64_t kReleaseGilFrom = 1 << 14;
 
-PyObject* call_op(int index, PyObject* const* args, Py_ssize_t positional, PyObject* keywords) {
-  const Signature signature{infos[index]};
+bool is_large(const at::Tensor& tensor) {
+  return !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && tensor.numel() >= kReleaseGilFrom;
+}
+
+PyObject* write_in_place(const Call& call, PyObject* input) {
+  if (is_large(*call.input)) {
+    const py::gil_scoped_release release;
+    dispatch_write(call);
+  } else {
+    dispatch_write(call);
+  }
+  return Py_NewRef(input);
+}
+
+PyObject* call_out_of_place(const Call& call, PyObject* const* values, PyObject* const* args, PyCFunction function) {
+  Temporaries temporaries(values, 1 + call.info().operands, args, function);
+  at::Tensor result;
+  if (any_tensor(call, is_large)) {
+    const py::gil_scoped_release release;
+    result = dispatch(call);
+  } else {
+    result = dispatch(call);
+  }
+  temporaries.leave_hidden();
+  return THPVariable_Wrap(std::move(result));
+}
+
+PyObject* call_op(int index, Form form, PyCFunction function, PyObject* const* args, Py_ssize_t positional, PyObject* keywords) {
+  const Signature signature{infos[index], form};
   PyObject* values[kMaxArguments] = {};
   collect(signature, args, positional, keywords, values);
 
@@ -222,7 +259,7 @@ PyObject* call_op(int index, PyObject* const* args, Py_ssize_t positional, PyObj
   if (!THPVariable_Check(values[0])) {
     refuse(signature, 0, values[0]);
   }
-  Call call{index, &THPVariable_Unpack(values[0]), {}, 1};
+  Call call{index, form, &THPVariable_Unpack(values[0]), {}, 1};
   for (int i = 1; i <= signature.op.operands; ++i) {
     Operand& operand = call.operands[i - 1];
     if (is_tensor(values[i])) {
@@ -235,19 +272,13 @@ PyObject* call_op(int index, PyObject* const* args, Py_ssize_t positional, PyObj
   if (signature.is_parameter(last) && values[last] != nullptr && !take_parameter(values[last], call.parameter)) {
     refuse(signature, last, values[last]);
   }
-  if (!call.input->unsafeGetTensorImpl()->has_symbolic_sizes_strides() && call.input->numel() >= kReleaseGilFrom) {
-    const py::gil_scoped_release release;
-    dispatch(call);
-  } else {
-    dispatch(call);
-  }
-  return Py_NewRef(values[0]);
+  return form == Form::InPlace ? write_in_place(call, values[0]) : call_out_of_place(call, values, args, function);
 }
 
-template <int index>
+template <int index, Form form>
 PyObject* entry_point(PyObject*, PyObject* const* args, Py_ssize_t positional, PyObject* keywords) {
   HANDLE_TH_ERRORS
-  return call_op(index, args, positional, keywords);
+  return call_op(index, form, as_c_function(entry_point<index, form>), args, positional, keywords);
   END_HANDLE_TH_ERRORS
 }
 
@@ -259,10 +290,10 @@ py::list op_table() {
       operands.append(op.operand_names[i]);
     }
     py::dict row;
-    row["name"] = op.name;
+    row["names"] = py::make_tuple(op.names[0], op.names[1]);
     row["operands"] = operands;
     row["parameter"] = op.parameter != nullptr ? py::object(py::str(op.parameter)) : py::object(py::none());
-    row["node"] = op.node;
+    row["nodes"] = py::make_tuple(op.nodes[0], op.nodes[1]);
     rows.append(row);
   }
   return rows;
@@ -286,23 +317,32 @@ template <class List>
 struct EntryPoints;
 template <class... Ops>
 struct EntryPoints<OpList<Ops...>> {
-  static constexpr decltype(&entry_point<0>) rows[] = {entry_point<op_index<Ops>>...};
+  static constexpr EntryPoint rows[][2] = {
+      {entry_point<op_index<Ops>, Form::InPlace>, entry_point<op_index<Ops>, Form::OutOfPlace>}...};
 };
+
+// The op of that name, in which of its forms.
+Signature signature_of(const std::string& name) {
+  for (const OpInfo& op : infos) {
+    for (const Form form : {Form::InPlace, Form::OutOfPlace}) {
+      if (name == op.names[int(form)]) {
+        return {op, form};
+      }
+    }
+  }
+  throw py::key_error(name);
+}
 
 // An op as a built-in function of the Python module that documents it.
 py::object make_entry_point(const std::string& name, const std::string& documentation, const py::str& module) {
-  struct EntryPoint {
+  struct Made {
     std::string name, documentation;
     PyMethodDef definition;
   };
-  const auto* info = std::find_if(std::begin(infos), std::end(infos), [&](const OpInfo& op) { return name == op.name; });
-  if (info == std::end(infos)) {
-    throw py::key_error(name);
-  }
-  const auto entry = EntryPoints<AllOps>::rows[info - std::begin(infos)];
-  const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry));
+  const Signature signature = signature_of(name);
+  const PyCFunction function = as_c_function(EntryPoints<AllOps>::rows[&signature.op - std::begin(infos)][int(signature.form)]);
   // inspect.signature reads the first line. The interpreter keeps the definition as long as it runs.
-  auto* made = new EntryPoint{name, Signature{*info}.text() + "\n--\n\n" + documentation, {}};
+  auto* made = new Made{name, signature.text() + "\n--\n\n" + documentation, {}};
   made->definition = {made->name.c_str(), function, METH_FASTCALL | METH_KEYWORDS, made->documentation.c_str()};
   return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&made->definition, nullptr, module.ptr()));
 }
@@ -332,6 +372,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });
   m.def("register_backend", register_backend, py::arg("backend"));
+  m.def("look_for_temporaries", Temporaries::look, py::arg("enabled"));
   if (!guard::bind(m.ptr())) {
     throw py::error_already_set();
   }

@@ -7,16 +7,21 @@ from ._build import require_matching_build
 require_matching_build()
 
 from ._guard import HazardError, HazardWarning, Site, guard  # noqa: E402
-from .ops import add_, add_mul_, addcmul_, mul_, mul_add_  # noqa: E402
+from .ops import add, add_, add_mul, add_mul_, addcmul, addcmul_, mul, mul_, mul_add, mul_add_  # noqa: E402
 
 __all__ = [
     "HazardError",
     "HazardWarning",
     "Site",
+    "add",
     "add_",
+    "add_mul",
     "add_mul_",
+    "addcmul",
     "addcmul_",
     "guard",
+    "mul",
     "mul_",
+    "mul_add",
     "mul_add_",
 ]

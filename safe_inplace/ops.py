@@ -1,4 +1,4 @@
-"""The in-place ops.
+"""The ops, in place (the names that end in an underscore) and out of place.
 
 Each function here is the formula of an op, and that is what a compiler traces. Its name stands for the entry point in `_C`, to
 which eager calls go with no Python in between.
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from . import _C, _dynamo
 
-__all__ = ["add_", "add_mul_", "addcmul_", "mul_", "mul_add_"]
+__all__ = ["add", "add_", "add_mul", "add_mul_", "addcmul", "addcmul_", "mul", "mul_", "mul_add", "mul_add_"]
 
 Number = int | float | complex | bool
 Operand = Tensor | Number
@@ -29,11 +29,16 @@ def _op(formula: F) -> F:
     entry_point = _C.make_entry_point(formula.__name__, formula.__doc__, __name__)
     _dynamo.trace_as(entry_point, formula)
     FORMULAS[formula.__name__] = formula
+    if formula.__name__.endswith("_"):
+        _never_cache(formula.__name__)
+    return entry_point
+
+
+def _never_cache(name: str) -> None:
     # Selective checkpointing gives the result of a saved op again and does not call it; an op that returns nothing would
     # not write. It is computed anew, whatever a policy says.
-    packet = getattr(torch.ops.safe_inplace, formula.__name__)
+    packet = getattr(torch.ops.safe_inplace, name)
     SAC_IGNORED_OPS.update(getattr(packet, overload) for overload in packet.overloads())
-    return entry_point
 
 
 def _math_dtype(input: Tensor) -> torch.dtype:
@@ -220,6 +225,151 @@ def addcmul_(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number
         product = (_old(tensor) if isinstance(tensor, Tensor) else tensor) * number
     # torch's add has no use for a boolean alpha.
     return _write(input, torch.add(_old(input), product, alpha=int(value) if isinstance(value, bool) else value))
+
+@_op
+def add(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
+    r"""Adds: ``input + alpha * other``. Bit for bit what ``torch.add(input, other, alpha=alpha)`` returns.
+
+    Args:
+        input: a tensor of any shape, dtype and device.
+        other: a tensor that broadcasts with ``input``, or a number.
+        alpha: the multiplier of ``other``: a number, or a 0-dim tensor without a gradient, whose value is read.
+
+    Returns:
+        A tensor of the broadcast shape and the promoted dtype, laid out as torch lays it out. Its memory is that of an operand
+        where nobody can see that one any more (a temporary of the calling expression), and new otherwise; no operand that
+        anybody can see changes.
+
+    Saved for backward: nothing.
+
+    Raises:
+        RuntimeError: shapes that do not broadcast, or what else ``torch.add`` refuses.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> safe_inplace.add(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), alpha=0.5)
+        tensor([ 6., 12.])
+    """
+    return torch.add(input, other, alpha=alpha)
+
+
+@_op
+def mul(input: Tensor, other: Operand) -> Tensor:
+    r"""Multiplies: ``input * other``. Bit for bit what ``torch.mul(input, other)`` returns.
+
+    Args:
+        input: a tensor of any shape, dtype and device.
+        other: a tensor that broadcasts with ``input``, or a number.
+
+    Returns:
+        A tensor of the broadcast shape and the promoted dtype, as :func:`add` returns it.
+
+    Saved for backward: ``other``, if ``input`` needs a gradient; ``input``, if ``other`` does. Both as they are, without a copy.
+
+    Raises:
+        RuntimeError: shapes that do not broadcast, or what else ``torch.mul`` refuses.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> safe_inplace.mul(torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 4.0]))
+        tensor([[3., 4.],
+                [6., 8.]])
+    """
+    return torch.mul(input, other)
+
+
+@_op
+def add_mul(input: Tensor, other: Operand, scale: Operand) -> Tensor:
+    r"""Adds, then scales, in one pass: ``(input + other) * scale``.
+
+    The arithmetic is done in float32 for float16 and bfloat16, and rounded to the result's dtype once.
+
+    Args:
+        input: a tensor of any shape, dtype and device.
+        other: a tensor that broadcasts with the others, or a number.
+        scale: a tensor that broadcasts with the others, or a number.
+
+    Returns:
+        A tensor of the broadcast shape and the promoted dtype, as :func:`add` returns it.
+
+    Saved for backward: ``scale``, if ``input`` or ``other`` needs a gradient; ``input + other``, if ``scale`` does: the kernel that
+    writes the result writes it too.
+
+    Raises:
+        RuntimeError: shapes that do not broadcast, or what else torch's own operators refuse.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> safe_inplace.add_mul(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), 0.5)
+        tensor([2., 3.])
+    """
+    return (input + other) * scale
+
+
+@_op
+def mul_add(input: Tensor, scale: Operand, shift: Operand) -> Tensor:
+    r"""Scales and shifts in one pass: ``input * scale + shift`` (modulation, affine, a scaled residual).
+
+    The arithmetic is done in float32 for float16 and bfloat16, and rounded to the result's dtype once.
+
+    Args:
+        input: a tensor of any shape, dtype and device.
+        scale: a tensor that broadcasts with the others, or a number.
+        shift: a tensor that broadcasts with the others, or a number.
+
+    Returns:
+        A tensor of the broadcast shape and the promoted dtype, as :func:`add` returns it.
+
+    Saved for backward: ``scale``, if ``input`` needs a gradient; ``input``, if ``scale`` does. Both as they are, without a copy.
+
+    Raises:
+        RuntimeError: shapes that do not broadcast, or what else torch's own operators refuse.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> branch, gamma, residual = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 10.0]), torch.tensor([5.0, 5.0])
+        >>> safe_inplace.mul_add(branch, gamma, residual)
+        tensor([ 7., 25.])
+    """
+    return input * scale + shift
+
+
+@_op
+def addcmul(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number = 1) -> Tensor:
+    r"""Adds a product in one pass: ``input + value * tensor1 * tensor2`` (residual with LayerScale or a gate).
+
+    The arithmetic is done in float32 for float16 and bfloat16, and rounded to the result's dtype once.
+
+    Args:
+        input: a tensor of any shape, dtype and device.
+        tensor1: a tensor that broadcasts with the others, or a number.
+        tensor2: a tensor that broadcasts with the others, or a number.
+        value: the multiplier of the product: a number, or a 0-dim tensor without a gradient, whose value is read.
+
+    Returns:
+        A tensor of the broadcast shape and the promoted dtype, as :func:`add` returns it.
+
+    Saved for backward: ``tensor2``, if ``tensor1`` needs a gradient; ``tensor1``, if ``tensor2`` does. Both as they are, without a
+    copy. ``input`` needs nothing.
+
+    Raises:
+        RuntimeError: shapes that do not broadcast, or what else torch's own operators refuse.
+        TypeError: an argument is neither a tensor nor a number that torch takes.
+
+    Example:
+        >>> import torch, safe_inplace
+        >>> x, branch, gamma = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0]), torch.tensor([0.5, 2.0])
+        >>> safe_inplace.addcmul(x, branch, gamma)
+        tensor([2., 7.])
+    """
+    product = tensor1 * tensor2
+    # torch's add has no use for a boolean alpha.
+    return torch.add(input, product, alpha=int(value) if isinstance(value, bool) else value)
+
 
 
 def _call_override(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

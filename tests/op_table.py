@@ -40,8 +40,25 @@ class Op:
         return getattr(safe_inplace, self.name)
 
     @property
+    def functional_name(self) -> str:
+        return self.name.removesuffix("_")
+
+    @property
+    def functional(self) -> Callable[..., torch.Tensor]:
+        """The op out of place."""
+        return getattr(safe_inplace, self.functional_name)
+
+    @property
+    def functional_node(self) -> str:
+        return self.node.replace("Inplace", "")
+
+    @property
     def packet(self):
         return getattr(torch.ops.safe_inplace, self.name)
+
+    @property
+    def functional_packet(self):
+        return getattr(torch.ops.safe_inplace, self.functional_name)
 
     @property
     def arguments(self) -> tuple[str, ...]:

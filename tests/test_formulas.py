@@ -29,7 +29,7 @@ def calls(op):
 
 
 def test_there_is_one_for_each_row():
-    assert FORMULAS.keys() == {op.name for op in OPS}
+    assert FORMULAS.keys() == {name for op in OPS for name in (op.name, op.functional_name)}
 
 
 @rows

@@ -13,8 +13,10 @@ from .op_table import BY_NAME, OPS
 
 
 def test_cpp_table_equals_test_table():
-    cpp = [(row["name"], tuple(row["operands"]), row["parameter"], row["node"]) for row in _C.op_table()]
-    assert sorted(cpp) == sorted((op.name, op.operands, op.parameter, op.node) for op in OPS)
+    cpp = [(row["names"], tuple(row["operands"]), row["parameter"], row["nodes"]) for row in _C.op_table()]
+    assert sorted(cpp) == sorted(
+        ((op.name, op.functional_name), op.operands, op.parameter, (op.node, op.functional_node)) for op in OPS
+    )
 
 
 def scalars(op, requires_grad):

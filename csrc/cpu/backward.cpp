@@ -51,7 +51,7 @@ struct BackwardPass {
     gradient.position = position;
     gradient.out = &plan.grads[position];
     gradient.reduced = plan.reduced[position];
-    gradient.turn = gradient.out->data == plan.grad.data ? 2 : gradient.out->data == plan.factors[int(Factor::Kept)].data ? 1 : 0;
+    gradient.turn = gradient.out->data == plan.grad.data ? 2 : is_a_factor(gradient.out->data) ? 1 : 0;
     double number[2] = {1, 0};
     if (derivative.times_parameter) {
       number[0] = plan.parameter[0];
@@ -59,18 +59,24 @@ struct BackwardPass {
     }
     if (derivative.factor != Factor::One) {
       gradient.factor = &plan.factors[int(derivative.factor)];
-      gradient.factor_kind = gradient.factor->data == nullptr       ? kFactorOne
-                             : gradient.factor->dtype == plan.dtype ? kFactorOwn
-                                                                    : kFactorMath;
+      const DType dtype = gradient.factor->dtype;
+      gradient.factor_kind = gradient.factor->data == nullptr                        ? kFactorOne
+                             : dtype == plan.dtype || is_narrower(dtype, plan.dtype) ? kFactorOwn
+                                                                                     : kFactorMath;
     }
     store_number(plan.dtype, number, gradient.multiplier);
     if (!gradient.reduced) {
-      gradient.target = gradient.out->dtype == plan.dtype ? kStoreOwn : kStoreMath;
-      gradient.copied = gradient.out->strides[0] != 1;
+      gradient.narrowed = is_narrower(gradient.out->dtype, plan.dtype);
+      gradient.target = gradient.out->dtype == plan.dtype || gradient.narrowed ? kStoreOwn : kStoreMath;
+      gradient.copied = gradient.narrowed || gradient.out->strides[0] != 1;
       if (gradient.turn == 0) {
         prefer_large_pages(*gradient.out, plan.shape.numel);
       }
     }
+  }
+
+  bool is_a_factor(const void* data) const {
+    return std::any_of(std::begin(plan.factors), std::end(plan.factors), [&](const Arg& factor) { return factor.data == data; });
   }
 
   // How many levels the sums take, and how the visits to an element are counted.
@@ -156,11 +162,14 @@ struct BackwardPass {
       if (gradient.factor_kind == kFactorOwn || gradient.factor_kind == kFactorMath) {
         const Arg& factor = *gradient.factor;
         const bool widened = factor.strides[0] == 0 && factor.dtype != math;
-        const int64_t bytes = widened ? Scratch::aligned(cut.rows * math_size) : factor.strides[0] > 1 ? of_elements(factor) : 0;
+        const bool copied = factor.strides[0] > 1 || is_narrower(factor.dtype, plan.dtype);
+        const int64_t bytes = widened  ? Scratch::aligned(cut.rows * math_size)
+                              : copied ? Scratch::aligned(block_bytes(factor, plan.dtype, elements))
+                                       : 0;
         sizes.factor = std::max(sizes.factor, bytes);
       }
       if (gradient.copied) {
-        sizes.out = std::max(sizes.out, of_elements(*gradient.out));
+        sizes.out = std::max(sizes.out, Scratch::aligned(block_bytes(*gradient.out, plan.dtype, elements)));
       }
     }
     return sizes;
@@ -229,7 +238,7 @@ struct BackwardPass {
     BackwardBlock block;
     block.rows = rows;
     block.n = n;
-    block.grad = read_block(shape, plan.grad, index, rows, n, buffers.grad, block.grad_stride);
+    block.grad = read_block(shape, plan.grad, plan.dtype, index, rows, n, buffers.grad, block.grad_stride);
     for (int i = 0; i < count; ++i) {
       const Gradient& gradient = gradients[i];
       block.multiplier = gradient.multiplier;
@@ -246,7 +255,7 @@ struct BackwardPass {
         block.factor = one_per_row(factor, from, row_stride, rows, buffers.factor, block.factor_stride);
         kind = kFactorOne;
       } else if (kind != kNoFactor) {
-        block.factor = read_block(shape, *gradient.factor, index, rows, n, buffers.factor, block.factor_stride);
+        block.factor = read_block(shape, *gradient.factor, plan.dtype, index, rows, n, buffers.factor, block.factor_stride);
       }
       if (gradient.reduced) {
         add_block(chunk, gradient, kind, index, block);
@@ -268,7 +277,7 @@ struct BackwardPass {
     } else if (stride == 1) {
       rows[kAddColumns](block);
     } else {
-      add_strided_columns(rows[kAddSum], gradient, kind, stride, block);
+      add_strided_columns(rows[kAddSum], kind, stride, block);
     }
   }
 
@@ -316,11 +325,11 @@ struct BackwardPass {
   }
 
   // The sum's elements are not adjacent along the row: one element at a time.
-  void add_strided_columns(BackwardRows add_sum, const Gradient& gradient, RowFactor kind, int64_t stride,
-                           BackwardBlock block) const {
+  void add_strided_columns(BackwardRows add_sum, RowFactor kind, int64_t stride, BackwardBlock block) const {
     const int64_t n = block.n;
     const bool moves = kind == kFactorOwn || kind == kFactorMath;
-    const int64_t factor_size = moves ? dtype_size[int(gradient.factor->dtype)] : 0;
+    const DType factor_dtype = kind == kFactorOwn ? plan.dtype : math;
+    const int64_t factor_size = moves ? dtype_size[int(factor_dtype)] : 0;
     block.n = 1;
     for (int64_t column = 0; column < n; ++column) {
       add_sum(block);
@@ -339,8 +348,20 @@ struct BackwardPass {
     row_table().backward[int(plan.dtype)][kind][gradient.target](block);
     if (gradient.copied) {
       const int64_t size = dtype_size[int(out.dtype)];
+      const int64_t stored = dtype_size[int(gradient.narrowed ? plan.dtype : out.dtype)];
+      char* const rounded = buffer + block.rows * block.n * stored; // one row
       for (int64_t row = 0; row < block.rows; ++row) {
-        copy_strided(out.dtype, data + row * row_stride * size, out.strides[0], buffer + row * block.n * size, 1, block.n);
+        const char* from = buffer + row * block.n * stored;
+        char* const to = data + row * row_stride * size;
+        if (gradient.narrowed) {
+          const bool adjacent = out.strides[0] == 1;
+          row_table().narrow[int(out.dtype)](from, adjacent ? to : rounded, block.n);
+          if (adjacent) {
+            continue;
+          }
+          from = rounded;
+        }
+        copy_strided(out.dtype, to, out.strides[0], from, 1, block.n);
       }
     }
   }

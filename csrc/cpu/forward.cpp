@@ -56,16 +56,14 @@ bool is_constant(const Shape& shape, const Arg& arg) {
   return arg.strides[0] == 0 && varies_only_along_rows(shape, arg);
 }
 
-// To the arithmetic dtype, as a product with one.
-void widen_row(DType dtype, const char* from, int64_t n, char* to) {
-  if (dtype == opmath_dtype(dtype)) {
-    std::memcpy(to, from, n * dtype_size[int(dtype)]);
-    return;
+// n elements, starting at index and running over row ends, as those of the dtype; `buffer` holds them, and what is widened behind them.
+void read_elements(const Shape& shape, const Arg& arg, DType dtype, const Index& index, char* buffer, int64_t n) {
+  if (arg.dtype == dtype) {
+    return copy_elements<true>(shape, arg, index, buffer, n);
   }
-  alignas(16) char one[16];
-  const double number[2] = {1, 0};
-  store_number(dtype, number, one);
-  row_table().backward[int(dtype)][kNoFactor][kStoreMath]({from, 0, nullptr, 0, to, 0, one, 1, n});
+  char* const narrow = buffer + n * dtype_size[int(dtype)];
+  copy_elements<true>(shape, arg, index, narrow, n);
+  widen_row(arg.dtype, narrow, n, buffer);
 }
 
 // How one thread walks its part of a forward call.
@@ -91,15 +89,28 @@ struct ForwardOperand {
   const Arg* arg;
   RowOperand kind = kOne;
   Source source = Constant;
+  DType loaded = DType::Float; // of what is copied
   int64_t bytes = 0; // of the buffer
   char* buffer = nullptr; // of this thread
   const char* held = nullptr; // the row that the buffer holds, for Periodic and Repeated
   alignas(16) char constant[16];
 
+  // Of an input that is not the result the loops take elements only.
+  void prepare_input(const ForwardPlan& plan, const Walk& walk) {
+    arg = &plan.input;
+    const Shape& shape = plan.shape;
+    loaded = plan.dtype;
+    const bool in_place = arg->dtype == plan.dtype && (walk.short_rows ? is_linear(shape, *arg) : arg->strides[0] == 1);
+    source = in_place ? Memory : Copied;
+    bytes = in_place ? 0 : copied_bytes(std::min(kBlock, shape.numel));
+  }
+
   void prepare(const ForwardPlan& plan, const Arg& operand, const Walk& walk) {
     arg = &operand;
     const Shape& shape = plan.shape;
     const DType math = opmath_dtype(plan.dtype);
+    const bool narrower = operand.data != nullptr && is_narrower(operand.dtype, plan.dtype);
+    loaded = narrower ? plan.dtype : operand.dtype;
     if (operand.data == nullptr) {
       store_number(plan.dtype, operand.number, constant);
       return;
@@ -108,9 +119,9 @@ struct ForwardOperand {
       load_opmath(operand.dtype, static_cast<const char*>(operand.data), constant);
       return;
     }
-    kind = operand.dtype == plan.dtype ? kOwn : kOpMath;
+    kind = loaded == plan.dtype ? kOwn : kOpMath;
     if (walk.short_rows) {
-      source = is_linear(shape, operand) ? Memory : varies_only_along_rows(shape, operand) ? Periodic : Copied;
+      source = is_linear(shape, operand) && !narrower ? Memory : varies_only_along_rows(shape, operand) ? Periodic : Copied;
     } else if (operand.strides[0] == 0) {
       source = OnePerRow;
       kind = kOne;
@@ -118,15 +129,19 @@ struct ForwardOperand {
       source = Copied;
     } else if (repeats(shape, operand) && (walk.stack > 1 || worth_widening(shape, operand))) {
       source = Repeated;
-      kind = operand.dtype == plan.dtype && operand.dtype == math ? kOwn : kOpMath;
+      kind = plan.dtype == math ? kOwn : kOpMath;
     } else {
-      source = Memory;
+      source = narrower ? Copied : Memory;
     }
     const int64_t block = std::min(kBlock, shape.numel);
-    bytes = limits_columns()                               ? block * dtype_size[int(operand.dtype)]
+    bytes = limits_columns()                               ? copied_bytes(block)
             : source == OnePerRow && operand.dtype != math ? block * dtype_size[int(math)]
             : source == Repeated                           ? shape.sizes[0] * walk.stack * dtype_size[int(math)]
                                                            : 0;
+  }
+
+  int64_t copied_bytes(int64_t elements) const {
+    return elements * (dtype_size[int(loaded)] + (loaded == arg->dtype ? 0 : dtype_size[int(arg->dtype)]));
   }
 
   // In 4 KiB: two operands of 8 KiB each would crowd the input out of the first-level cache.
@@ -154,11 +169,11 @@ struct ForwardOperand {
       case OnePerRow:
         return one_per_row(*arg, data, row_stride, rows, buffer, stride);
       case Copied:
-        copy_elements<true>(shape, *arg, index, buffer, n);
+        read_elements(shape, *arg, loaded, index, buffer, n);
         return buffer;
       case Periodic:
         if (index[0] != 0 || held == nullptr) {
-          copy_elements<true>(shape, *arg, index, buffer, n);
+          read_elements(shape, *arg, loaded, index, buffer, n);
           held = index[0] == 0 ? data : nullptr;
         }
         return buffer;
@@ -190,9 +205,11 @@ Walk choose_walk(const ForwardPlan& plan) {
   }
   const int64_t inner = shape.sizes[0];
   const auto follow_each_other = [&](const Arg& arg) { return arg.strides[0] == 1 && arg.strides[1] == inner; };
-  bool stackable = follow_each_other(plan.input) && (plan.kept.data == nullptr || follow_each_other(plan.kept));
+  const auto stands_stacked = [&](const Arg& arg) { return follow_each_other(arg) && !is_narrower(arg.dtype, plan.dtype); };
+  bool stackable =
+      stands_stacked(plan.written()) && stands_stacked(plan.input) && (plan.kept.data == nullptr || follow_each_other(plan.kept));
   for (const Arg& operand : plan.operands) {
-    stackable = stackable && (operand.data == nullptr || is_constant(shape, operand) || follow_each_other(operand) ||
+    stackable = stackable && (operand.data == nullptr || is_constant(shape, operand) || stands_stacked(operand) ||
                               ForwardOperand::repeats(shape, operand));
   }
   if (stackable) {
@@ -211,10 +228,12 @@ Walk choose_walk(const ForwardPlan& plan) {
 struct ForwardPass {
   const ForwardPlan& plan;
   const Walk walk = choose_walk(plan);
-  const bool copy_input = is_copied(plan.input);
+  const bool in_place = plan.result.data == nullptr;
+  const bool copy_result = is_copied(plan.written());
   const bool copy_kept = plan.kept.data != nullptr && is_copied(plan.kept);
   const int64_t copied_bytes = Scratch::aligned(std::min(kBlock, plan.shape.numel) * dtype_size[int(plan.dtype)]);
-  bool limited = copy_input || copy_kept;
+  bool limited = copy_result || copy_kept;
+  ForwardOperand input; // where it is not the result
   ForwardOperand operands[2];
   ForwardRows forward_rows;
   alignas(16) char parameter[16];
@@ -223,6 +242,10 @@ struct ForwardPass {
     for (int i = 0; i < 2; ++i) {
       operands[i].prepare(plan, plan.operands[i], walk);
       limited = limited || operands[i].limits_columns();
+    }
+    if (!in_place) {
+      input.prepare_input(plan, walk);
+      limited = limited || input.limits_columns();
     }
     store_number(plan.dtype, plan.parameter, parameter);
     forward_rows = row_table().forward[plan.op][int(plan.dtype)][operands[0].kind][operands[1].kind];
@@ -233,8 +256,8 @@ struct ForwardPass {
 
   // What a thread needs in buffers.
   int64_t scratch_bytes() const {
-    return Scratch::aligned(operands[0].bytes) + Scratch::aligned(operands[1].bytes) + (copy_input ? copied_bytes : 0) +
-           (copy_kept ? copied_bytes : 0);
+    return Scratch::aligned(operands[0].bytes) + Scratch::aligned(operands[1].bytes) + Scratch::aligned(input.bytes) +
+           (copy_result ? copied_bytes : 0) + (copy_kept ? copied_bytes : 0);
   }
 
   void run(int64_t begin, int64_t end, char* scratch) const;
@@ -253,13 +276,16 @@ void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
   for (ForwardOperand& operand : own) {
     operand.buffer = next_buffer(operand.bytes);
   }
-  char* const input_buffer = next_buffer(copy_input ? copied_bytes : 0);
+  ForwardOperand own_input = input;
+  own_input.buffer = next_buffer(input.bytes);
+  char* const result_buffer = next_buffer(copy_result ? copied_bytes : 0);
   char* const kept_buffer = scratch;
+  const Arg& written = plan.written();
 
   ForwardBlock block;
   block.parameter = parameter;
   block.kept = nullptr;
-  block.input_stride = shape.ndim > 1 ? plan.input.strides[1] * walk.stack : 0;
+  block.result_stride = shape.ndim > 1 ? written.strides[1] * walk.stack : 0;
   block.kept_stride = shape.ndim > 1 ? plan.kept.strides[1] * walk.stack : 0;
 
   for (int64_t at = begin; at < end; at += block.rows * block.n) {
@@ -282,17 +308,22 @@ void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
     for (int i = 0; i < 2; ++i) {
       block.operands[i] = own[i].at(shape, index, walk, block.rows, block.n, block.operand_strides[i]);
     }
-    block.input = address(plan.input, offset_of(shape, plan.input, index));
-    if (copy_input) {
-      copy_elements<true>(shape, plan.input, index, input_buffer, block.n);
-      block.input = input_buffer;
+    block.result = copy_result ? result_buffer : address(written, offset_of(shape, written, index));
+    if (!in_place) {
+      block.input = own_input.at(shape, index, walk, block.rows, block.n, block.input_stride);
+    } else {
+      block.input = block.result;
+      block.input_stride = block.result_stride;
+      if (copy_result) {
+        copy_elements<true>(shape, written, index, result_buffer, block.n);
+      }
     }
     if (plan.kept.data != nullptr) {
       block.kept = copy_kept ? kept_buffer : address(plan.kept, offset_of(shape, plan.kept, index));
     }
     forward_rows(block);
-    if (copy_input) {
-      copy_elements<false>(shape, plan.input, index, input_buffer, block.n);
+    if (copy_result) {
+      copy_elements<false>(shape, written, index, result_buffer, block.n);
     }
     if (copy_kept) {
       copy_elements<false>(shape, plan.kept, index, kept_buffer, block.n);
@@ -305,6 +336,9 @@ void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
 void forward_on_cpu(const ForwardPlan& plan) {
   if (plan.kept.data != nullptr) {
     prefer_large_pages(plan.kept, plan.shape.numel);
+  }
+  if (plan.result.data != nullptr) {
+    prefer_large_pages(plan.result, plan.shape.numel);
   }
   const ForwardPass pass(plan);
   if (plan.shape.numel <= kGrain) {

@@ -21,6 +21,7 @@ struct Gradient {
   bool reduced = false;
   int turn = 0; // what is written over the kept value follows its readers, what is written over the gradient is last
   bool copied = false; // stored through a buffer
+  bool narrowed = false; // and rounded on the way out
   RowTarget target = kStoreOwn;
   char* sums = nullptr; // partial sums of all chunks, in the arithmetic dtype, one level after the other
   int64_t sums_per_chunk = 0; // elements; 0: the chunks own disjoint parts

@@ -10,10 +10,12 @@ namespace safe_inplace {
 // arithmetic dtype, or one value for the whole row.
 enum RowOperand { kOwn = 0, kOpMath = 1, kOne = 2 };
 
-// input[i] = op(input[i], first[i], second[i], parameter), kept[i] = the value backward needs (kept may be null), for a
-// block of rows; strides from row to row in elements.
+// result[i] = op(input[i], first[i], second[i], parameter), kept[i] = the value backward needs (kept may be null), for a
+// block of rows; strides from row to row in elements. The result may be the memory of the input or of an operand.
 struct ForwardBlock {
-  void* input;
+  void* result;
+  int64_t result_stride;
+  const void* input;
   int64_t input_stride;
   const void* operands[2];
   int64_t operand_strides[2];
@@ -49,9 +51,13 @@ using BackwardRows = void (*)(const BackwardBlock&);
 
 constexpr int kDTypes = 6;
 
+// Rounds n values of the arithmetic dtype.
+using NarrowRow = void (*)(const void* from, void* to, int64_t n);
+
 struct RowTable {
   ForwardRows forward[AllOps::size][kDTypes][3][3];
   BackwardRows backward[kDTypes][4][4];
+  NarrowRow narrow[kDTypes]; // of half and bfloat16
 };
 
 extern const RowTable rows_default;

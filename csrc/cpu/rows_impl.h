@@ -113,7 +113,8 @@ SI_INLINE void forward_loops(const ForwardBlock& block) {
   using Second = Operand<T, second_kind>;
   const auto parameter = *static_cast<const OpMath<T>*>(block.parameter);
   for (int64_t row = 0; row < block.rows; ++row) {
-    T* const input = static_cast<T*>(block.input) + row * block.input_stride;
+    T* const result = static_cast<T*>(block.result) + row * block.result_stride;
+    const T* const input = static_cast<const T*>(block.input) + row * block.input_stride;
     T* const kept = keep ? static_cast<T*>(block.kept) + row * block.kept_stride : nullptr;
     const First first(static_cast<const typename First::S*>(block.operands[0]) + row * block.operand_strides[0]);
     const Second second(static_cast<const typename Second::S*>(block.operands[1]) + row * block.operand_strides[1]);
@@ -132,7 +133,7 @@ SI_INLINE void forward_loops(const ForwardBlock& block) {
       } else if constexpr (keep) {
         store(kept + i, kept_value<Op>(x, a));
       }
-      store(input + i, Op::result(x, a, b, same_everywhere<V>(parameter)));
+      store(result + i, Op::result(x, a, b, same_everywhere<V>(parameter)));
     });
   }
 }
@@ -146,6 +147,15 @@ void forward_rows(const ForwardBlock& block) {
     }
   }
   forward_loops<Op, T, first_kind, second_kind, false>(block);
+}
+
+template <class T>
+void narrow_row(const void* from, void* to, int64_t n) {
+  const auto* const in = static_cast<const OpMath<T>*>(from);
+  T* const out = static_cast<T*>(to);
+  along_row<T>(
+      n, [](int64_t) {},
+      [&](auto kind, int64_t i) __attribute__((always_inline)) { store(out + i, load<decltype(kind)>(in + i)); });
 }
 
 // One row of a block: the gradient, what it is multiplied by, and the terms that come of it.
@@ -333,6 +343,9 @@ constexpr void fill_dtype(RowTable& table, OpList<Ops...>) {
   fill_backward<T, kFactorOwn>(table);
   if constexpr (has_opmath_dtype<T>) {
     fill_backward<T, kFactorMath>(table);
+  }
+  if constexpr (has_opmath_dtype<T>) {
+    table.narrow[int(Type<T>::dtype)] = narrow_row<T>;
   }
   fill_backward<T, kFactorOne>(table);
   fill_backward<T, kNoFactor>(table);

@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstring>
+
 #include "../dispatch.h"
 
 namespace safe_inplace {
@@ -31,24 +33,52 @@ void store_number(DType dtype, const double* number, void* out) {
   with_opmath(dtype, [&]<class M>(M) { *static_cast<M*>(out) = Number<M>::from(number); });
 }
 
+// To the arithmetic dtype, as a product with one.
+void widen_row(DType dtype, const char* from, int64_t n, char* to) {
+  if (dtype == opmath_dtype(dtype)) {
+    std::memcpy(to, from, n * dtype_size[int(dtype)]);
+    return;
+  }
+  alignas(16) char one[16];
+  const double number[2] = {1, 0};
+  store_number(dtype, number, one);
+  row_table().backward[int(dtype)][kNoFactor][kStoreMath]({from, 0, nullptr, 0, to, 0, one, 1, n});
+}
+
 void load_opmath(DType dtype, const char* data, void* out) {
   with_dtype(dtype, [&]<class T>(T) { *static_cast<OpMath<T>*>(out) = widen(*reinterpret_cast<const T*>(data)); });
 }
 
-const char* read_block(const Shape& shape, const Arg& arg, const Index& index, int64_t rows, int64_t n, char* buffer,
+const char* read_block(const Shape& shape, const Arg& arg, DType dtype, const Index& index, int64_t rows, int64_t n, char* buffer,
                        int64_t& stride) {
   const char* const data = address(arg, offset_of(shape, arg, index));
   const int64_t row_stride = shape.ndim > 1 ? arg.strides[1] : 0;
-  if (arg.strides[0] == 1 || n == 1) {
+  const bool narrower = is_narrower(arg.dtype, dtype);
+  const bool adjacent = arg.strides[0] == 1 || n == 1;
+  if (adjacent && !narrower) {
     stride = row_stride;
     return data;
   }
   const int64_t size = dtype_size[int(arg.dtype)];
-  for (int64_t row = 0; row < rows; ++row) {
-    copy_strided(arg.dtype, buffer + row * n * size, 1, data + row * row_stride * size, arg.strides[0], n);
+  const int64_t wide = narrower ? dtype_size[int(dtype)] : size;
+  char* const staged = buffer + (narrower ? rows * n * wide : 0); // one row
+  stride = row_stride == 0 ? 0 : n;
+  for (int64_t row = 0; row < (row_stride == 0 ? 1 : rows); ++row) {
+    const char* const from = data + row * row_stride * size;
+    char* const to = buffer + row * n * wide;
+    if (!adjacent) {
+      copy_strided(arg.dtype, narrower ? staged : to, 1, from, arg.strides[0], n);
+    }
+    if (narrower) {
+      widen_row(arg.dtype, adjacent ? from : staged, n, to);
+    }
   }
-  stride = n;
   return buffer;
+}
+
+int64_t block_bytes(const Arg& arg, DType dtype, int64_t elements) {
+  const int64_t size = dtype_size[int(arg.dtype)];
+  return elements * (is_narrower(arg.dtype, dtype) ? dtype_size[int(dtype)] + size : size);
 }
 
 const void* one_per_row(const Arg& arg, const char* from, int64_t row_stride, int64_t rows, char* buffer, int64_t& stride) {

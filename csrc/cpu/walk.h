@@ -50,6 +50,14 @@ void store_number(DType dtype, const double* number, void* out);
 // One element, in its arithmetic dtype.
 void load_opmath(DType dtype, const char* data, void* out);
 
+// n elements to the arithmetic dtype.
+void widen_row(DType dtype, const char* from, int64_t n, char* to);
+
+// Half or bfloat16 beside float: widened on its way in.
+inline bool is_narrower(DType operand, DType dtype) {
+  return dtype_size[int(operand)] < dtype_size[int(dtype)];
+}
+
 // The strides count elements.
 template <class Word>
 void copy_strided(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n) {
@@ -107,10 +115,13 @@ inline char* address(const Arg& arg, int64_t offset) {
   return static_cast<char*>(arg.data) + offset * dtype_size[int(arg.dtype)];
 }
 
-// Where the `rows` rows of n elements at index stand, contiguous along the row (through the buffer if they are not),
-// and the stride from row to row.
-const char* read_block(const Shape& shape, const Arg& arg, const Index& index, int64_t rows, int64_t n, char* buffer,
+// Where the `rows` rows of n elements at index stand, contiguous along the row and no narrower than the dtype (through the
+// buffer if they are not), and the stride from row to row.
+const char* read_block(const Shape& shape, const Arg& arg, DType dtype, const Index& index, int64_t rows, int64_t n, char* buffer,
                        int64_t& stride);
+
+// What read_block needs of a buffer for that many elements.
+int64_t block_bytes(const Arg& arg, DType dtype, int64_t elements);
 
 // What does not vary along a row: its values for some rows, in the arithmetic dtype.
 const void* one_per_row(const Arg& arg, const char* from, int64_t row_stride, int64_t rows, char* buffer, int64_t& stride);

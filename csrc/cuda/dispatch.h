@@ -91,7 +91,7 @@ void dispatch_forward(const ForwardPlan& plan, Launcher& launcher) {
     problem.present[slot] = true;
   };
   put(Main, plan.input);
-  put(Out0, plan.input);
+  put(Out0, plan.written());
   put(First, plan.operands[0]);
   if (infos[plan.op].operands == 2) {
     put(Second, plan.operands[1]);

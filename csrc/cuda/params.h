@@ -5,7 +5,7 @@
 
 namespace safe_inplace::cuda {
 
-// The tensors of a launch. Forward reads Main, First and Second and writes Out0, which is Main, and Out1 (kept); backward
+// The tensors of a launch. Forward reads Main, First and Second and writes Out0, in place Main, and Out1 (kept); backward
 // reads the gradient as Main and the kept value as Saved, and writes the element-wise gradients of input and operands.
 enum Slot : int { Main, First, Second, Saved, Out0, Out1, Out2, kSlots };
 constexpr int kIns = 4, kOuts = 3;

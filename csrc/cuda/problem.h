@@ -71,7 +71,7 @@ inline bool has_aligned_rows(const Arg& arg, const Shape& shape) {
   return true;
 }
 
-// The tensor whose layout decides: forward's input; for gradients, one that is written in full, else one read in full.
+// The tensor whose layout decides: forward's result; for gradients, one that is written in full, else one read in full.
 inline int anchor(const Problem& problem) {
   for (int slot : {Out0, Out1, Out2, Main, Saved}) {
     if (is_tensor(problem, slot) && !is_broadcast(problem.args[slot], problem.shape)) {

@@ -57,7 +57,7 @@ inline void forward(const ForwardPlan& plan) {
         if (plan.kept.data != nullptr) {
           store(plan.kept, offset(plan.kept), kept_value<Op>(input, first));
         }
-        store(plan.input, offset(plan.input), Op::result(input, first, second, Number<M>::from(plan.parameter)));
+        store(plan.written(), offset(plan.written()), Op::result(input, first, second, Number<M>::from(plan.parameter)));
       });
     });
   });

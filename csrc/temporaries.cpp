@@ -1,0 +1,122 @@
+// The layout of an interpreter's frames, which no function of Python's own gives.
+#include <Python.h>
+#if PY_VERSION_HEX < 0x030E0000
+#define Py_BUILD_CORE
+extern "C" {
+#include <internal/pycore_frame.h>
+}
+#undef Py_BUILD_CORE
+#endif
+
+#include "temporaries.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <atomic>
+#include <utility>
+
+namespace safe_inplace {
+
+namespace {
+
+#if PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
+
+_PyInterpreterFrame* running_frame() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return PyThreadState_Get()->current_frame;
+#else
+  return PyThreadState_Get()->cframe->current_frame;
+#endif
+}
+
+PyCodeObject* code_of(const _PyInterpreterFrame* frame) {
+#if PY_VERSION_HEX >= 0x030D0000
+  return PyCode_Check(frame->f_executable) ? reinterpret_cast<PyCodeObject*>(frame->f_executable) : nullptr;
+#else
+  return frame->f_code;
+#endif
+}
+
+// Below its arguments a call has pushed what it calls, and a null pointer where the receiver of a method would be.
+#if PY_VERSION_HEX >= 0x030D0000
+constexpr int kCallable = -2, kNoReceiver = -1;
+#else
+constexpr int kCallable = -1, kNoReceiver = -2;
+#endif
+
+// Whether `args` were put on the evaluation stack of the running frame by a plain call of this function. A tuple's items
+// (f(*args), functools.partial, map), and what another function in C hands on, may be used after the call.
+bool on_evaluation_stack(PyObject* const* args, PyCFunction function) {
+  _PyInterpreterFrame* const frame = running_frame();
+  const PyCodeObject* const code = frame != nullptr ? code_of(frame) : nullptr;
+  if (code == nullptr) {
+    return false;
+  }
+  PyObject** const stack = frame->localsplus + code->co_nlocalsplus;
+  if (args < stack + 2 || args >= stack + code->co_stacksize) {
+    return false;
+  }
+  PyObject* const callable = args[kCallable];
+  return args[kNoReceiver] == nullptr && callable != nullptr && PyCFunction_CheckExact(callable) &&
+         PyCFunction_GET_FUNCTION(callable) == function;
+}
+
+#else
+
+// Later interpreters borrow references, so that a count of one proves nothing.
+bool on_evaluation_stack(PyObject* const*, PyCFunction) {
+  return false;
+}
+
+#endif
+
+bool is_last_reference(PyObject* tensor) {
+  return Py_REFCNT(tensor) == 1 && *PyObject_GET_WEAKREFS_LISTPTR(tensor) == nullptr;
+}
+
+thread_local const Temporaries* unclaimed = nullptr;
+std::atomic<bool> enabled = true;
+
+} // namespace
+
+Temporaries::Temporaries(PyObject* const* values, int count, PyObject* const* args, PyCFunction function) {
+  for (int i = 0; i < count && enabled.load(std::memory_order_relaxed); ++i) {
+    PyObject* const value = values[i];
+    // The count comes first: it is what most arguments fail.
+    if (Py_REFCNT(value) == 1 && THPVariable_CheckExact(value) && is_last_reference(value) && PyObject_GC_IsTracked(value) &&
+        on_evaluation_stack(args, function)) {
+      values_[i] = value;
+      tensors_[i] = THPVariable_Unpack(value).unsafeGetTensorImpl();
+      PyObject_GC_UnTrack(value);
+      unclaimed = this;
+    }
+  }
+}
+
+Temporaries::~Temporaries() {
+  unclaimed = nullptr;
+  for (PyObject* const value : values_) {
+    if (value != nullptr && !gone_) {
+      PyObject_GC_Track(value);
+    }
+  }
+}
+
+bool Temporaries::look(bool wanted) {
+  return enabled.exchange(wanted);
+}
+
+const Temporaries* Temporaries::claim() {
+  return std::exchange(unclaimed, nullptr);
+}
+
+bool Temporaries::contain(const at::Tensor& tensor) const {
+  for (int i = 0; i < kMost; ++i) {
+    if (values_[i] != nullptr && tensors_[i] == tensor.unsafeGetTensorImpl()) {
+      return is_last_reference(values_[i]);
+    }
+  }
+  return false;
+}
+
+} // namespace safe_inplace
