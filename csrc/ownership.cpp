@@ -1,3 +1,6 @@
+// Python's headers come first.
+#include <Python.h>
+
 #include "ownership.h"
 
 #include <ATen/CachedTensorUtils.h>
@@ -15,6 +18,7 @@
 #include <typeinfo>
 
 #include "call.h"
+#include "temporaries.h"
 
 namespace safe_inplace {
 
@@ -171,12 +175,14 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
 }
 
 bool may_overwrite_saved(const at::Tensor& saved, size_t handles) {
-  return !c10::GradMode::is_enabled() && graph_is_released() && is_sole_owner(saved, handles) &&
-         readers_are_ordered(saved.device());
+  const bool has_object = saved.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
+  return !c10::GradMode::is_enabled() && graph_is_released() && is_sole_owner(saved, handles + (has_object ? 1 : 0)) &&
+         readers_are_ordered(saved.device()) && (!has_object || forgotten_by_python(saved));
 }
 
 bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles) {
-  return !tensor.requires_grad() && may_overwrite_saved(tensor, handles);
+  return !c10::GradMode::is_enabled() && !tensor.requires_grad() && graph_is_released() && is_sole_owner(tensor, handles) &&
+         readers_are_ordered(tensor.device());
 }
 
 bool may_take_over(const at::Tensor& temporary) {

@@ -11,6 +11,7 @@ extern "C" {
 #include "temporaries.h"
 
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <atomic>
 #include <utility>
@@ -104,6 +105,19 @@ Temporaries::~Temporaries() {
 
 bool Temporaries::look(bool wanted) {
   return enabled.exchange(wanted);
+}
+
+bool forgotten_by_python(const at::Tensor& tensor) {
+  PyObject* const object = tensor.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
+  if (object == nullptr) {
+    return true;
+  }
+  const pybind11::gil_scoped_acquire lock;
+  if (!THPVariable_CheckExact(object) || !is_last_reference(object)) {
+    return false;
+  }
+  PyObject_GC_UnTrack(object);
+  return true;
 }
 
 const Temporaries* Temporaries::claim() {

@@ -36,4 +36,8 @@ class Temporaries {
   bool gone_ = false;
 };
 
+// Whether a tensor's Python object, if it has one, lives on only because the tensor does: a tensor keeps its object, which holds a
+// handle on it, as long as there are others. From then on nobody can find it. Takes the interpreter's lock.
+bool forgotten_by_python(const at::Tensor& tensor);
+
 } // namespace safe_inplace
