@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "fallback.h"
 #include "node.h"
+#include "ownership.h"
 #include "prepare.h"
 
 namespace safe_inplace {
@@ -144,6 +145,9 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
   torch::autograd::check_inplace(*call.input, records);
   Prepared prepared = prepare(call);
   if (prepared.by == Prepared::By::Fallback) {
+    if (records) {
+      leave_view(*call.input);
+    }
     return write_checked_by_fallback(call);
   }
   // Record. Everything that can fail comes before the write: what is saved is saved here, the kept value too.
@@ -174,6 +178,7 @@ void call_with_autograd(c10::DispatchKeySet keys, const Call& call, Below below)
   }
   // Rebase.
   if (node) {
+    own_view(*call.input);
     torch::autograd::rebase_history(*call.input, std::move(node));
   }
 }

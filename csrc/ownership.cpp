@@ -1,3 +1,5 @@
+#include <torch/csrc/python_headers.h>
+
 #include "ownership.h"
 
 #include <ATen/CachedTensorUtils.h>
@@ -7,14 +9,21 @@
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/utils/grad_layout_contract.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <pybind11/gil_safe_call_once.h>
+#include <pybind11/pybind11.h>
+
 #include <algorithm>
+#include <memory>
+#include <optional>
 #include <string_view>
 #include <typeinfo>
 
 #include "call.h"
+#include "counts.h"
 
 namespace safe_inplace {
 
@@ -173,6 +182,100 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
 bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles) {
   return !c10::GradMode::is_enabled() && !tensor.requires_grad() && graph_is_released() && is_sole_owner(tensor, handles) &&
          readers_are_ordered(tensor.device());
+}
+
+namespace {
+
+using torch::autograd::AutogradMeta;
+using torch::autograd::DifferentiableViewMeta;
+
+// What rebase_history would find to go through.
+const DifferentiableViewMeta* recorded_view(const at::Tensor& tensor) {
+  const auto* meta = torch::autograd::impl::get_view_autograd_meta(tensor);
+  return meta != nullptr && meta->has_bw_view() ? meta : nullptr;
+}
+
+bool has_weak_references(PyObject* object) {
+  namespace py = pybind11;
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> ask;
+  ask.call_once_and_store_result([] { return py::module_::import("weakref").attr("getweakrefcount"); });
+  return ask.get_stored()(py::handle(object)).cast<int>() != 0;
+}
+
+// Whether anybody but the view holds its base. What Python once had in hands keeps its Python object, which holds it in turn;
+// where the tensor's own reference is that object's only one, nobody has it.
+bool is_held(const at::Tensor& base) {
+  const auto* slot = base.unsafeGetTensorImpl()->pyobj_slot();
+  PyObject* const object = slot->load_pyobj();
+  if (object != nullptr && (!slot->has_unique_reference() || !THPVariable_CheckExact(object) || has_weak_references(object))) {
+    return true;
+  }
+  return base.use_count() != (object != nullptr ? 2 : 1) || base.weak_use_count() != 1;
+}
+
+bool covers(const at::Tensor& view, const at::Tensor& base) {
+  return view.numel() == base.numel() && view.storage_offset() == base.storage_offset() && view.is_non_overlapping_and_dense() &&
+         base.is_non_overlapping_and_dense();
+}
+
+// What somebody has left with a tensor, or with the node that made it, and may ask for.
+std::optional<Event> left_with(const at::Tensor& tensor) {
+  const AutogradMeta* meta = torch::autograd::impl::get_autograd_meta(tensor);
+  if (meta == nullptr) {
+    return std::nullopt;
+  }
+  if (meta->retains_grad_ || meta->grad_.defined() || meta->grad_dtype_ || meta->allow_grad_dtype_mismatch_) {
+    return Event::ViewGradient;
+  }
+  const bool hooks = !meta->hooks_.empty() || meta->post_acc_grad_hooks_ != nullptr || !meta->name_.empty() ||
+                     (meta->grad_fn_ && has_hooks(*meta->grad_fn_));
+  return hooks ? std::make_optional(Event::ViewHooks) : std::nullopt;
+}
+
+// Why somebody might see through the base what becomes of the view; nothing if nobody can.
+std::optional<Event> why_a_view(const at::Tensor& view, const DifferentiableViewMeta& meta) {
+  const auto& info = meta.get_backward_view();
+  const at::Tensor& base = info.base_;
+  // To forward mode a view of another base, or none; elements of another type.
+  if (!meta.shared_view_info() || info.has_view_fn()) {
+    return Event::ViewOfAnotherKind;
+  }
+  // By Python, another view, a node that saved it.
+  if (is_held(base)) {
+    return Event::ViewBaseHeld;
+  }
+  // By a detached alias, a node that saved it as its result, the storage object itself.
+  if (!share_storage(view, base) || view.storage().use_count() != 2) {
+    return Event::ViewMemoryHeld;
+  }
+  // as_strided reaches from a part into the rest; its gradient needs the whole.
+  if (!covers(view, base)) {
+    return Event::ViewOfPart;
+  }
+  const auto left = left_with(view);
+  return left ? left : left_with(base);
+}
+
+} // namespace
+
+void own_view(const at::Tensor& tensor) {
+  if (recorded_view(tensor) == nullptr) {
+    return;
+  }
+  // Python's garbage collector reads what is exchanged here, from any thread.
+  const pybind11::gil_scoped_acquire gil;
+  const auto why = why_a_view(tensor, *recorded_view(tensor));
+  count(why.value_or(Event::ViewOwn));
+  if (!why) {
+    // The version counter is the tensor's, and stays the one that it shared with the base.
+    tensor.unsafeGetTensorImpl()->set_autograd_meta(std::make_unique<AutogradMeta>());
+  }
+}
+
+void leave_view(const at::Tensor& tensor) {
+  if (recorded_view(tensor) != nullptr) {
+    count(Event::ViewLeftToTorch);
+  }
 }
 
 } // namespace safe_inplace

@@ -1,4 +1,4 @@
-// May this memory be written over? The one place that answers.
+// May this memory be written over? Who sees it? The one place that answers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,5 +24,13 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
 
 // Whether the graph of the running backward pass is released after it.
 bool graph_is_released();
+
+// A tensor that was written, and whose history is about to be rebased: torch's checks have passed, and no forward gradient is
+// there. If it is a view of all of a base that nobody else can reach, it becomes a tensor of its own, without a history; a view's
+// history goes through its base, by copies (CopySlices). What a view was is counted.
+void own_view(const at::Tensor& tensor);
+
+// The same write done by torch's methods: a view stays one, and is counted.
+void leave_view(const at::Tensor& tensor);
 
 } // namespace safe_inplace

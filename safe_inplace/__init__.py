@@ -6,6 +6,7 @@ from ._build import require_matching_build
 
 require_matching_build()
 
+from ._counts import counts, reset_counts  # noqa: E402
 from ._guard import HazardError, HazardWarning, Site, guard  # noqa: E402
 from .ops import add_, add_mul_, addcmul_, mul_, mul_add_  # noqa: E402
 
@@ -16,7 +17,9 @@ __all__ = [
     "add_",
     "add_mul_",
     "addcmul_",
+    "counts",
     "guard",
     "mul_",
     "mul_add_",
+    "reset_counts",
 ]
