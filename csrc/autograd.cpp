@@ -11,6 +11,7 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 
 #include "checks.h"
+#include "counts.h"
 #include "fallback.h"
 #include "node.h"
 #include "ownership.h"
@@ -148,6 +149,9 @@ void write_with_autograd(c10::DispatchKeySet keys, const Call& call, WriteBelow 
   torch::autograd::check_inplace(*call.input, records);
   Prepared prepared = prepare(call);
   if (prepared.by == Prepared::By::Fallback) {
+    if (records) {
+      leave_view(*call.input);
+    }
     return write_checked_by_fallback(call);
   }
   // Record. Everything that can fail comes before the write: what is saved is saved here, the kept value too.
@@ -178,6 +182,7 @@ void write_with_autograd(c10::DispatchKeySet keys, const Call& call, WriteBelow 
   }
   // Rebase.
   if (node) {
+    own_view(*call.input);
     torch::autograd::rebase_history(*call.input, std::move(node));
   }
 }
@@ -202,26 +207,31 @@ at::Tensor save_kept_out_of_place(const Call& call, const Prepared& prepared, Op
 }
 
 // The operand whose memory becomes the result's: a temporary, of the result's layout, that nobody sees any more. What has been
-// saved somebody sees.
+// saved somebody sees. Which it was, or why none, is counted.
 std::optional<int> choose_operand(const Call& call, const Prepared& prepared, const Temporaries* temporaries) {
-  if (temporaries == nullptr || prepared.by != Prepared::By::Kernel || torch::jit::tracer::isTracing()) {
+  if (prepared.by != Prepared::By::Kernel || torch::jit::tracer::isTracing()) {
     return std::nullopt;
   }
   const ResultLayout& result = prepared.result;
-  const auto fits = [&](const at::Tensor& tensor) {
-    return temporaries->contain(tensor) && tensor.scalar_type() == result.dtype &&
-           tensor.sizes() == at::IntArrayRef(result.sizes) && tensor.strides() == at::IntArrayRef(result.strides) &&
-           may_take_over(tensor);
-  };
-  if (fits(*call.input)) {
-    return 0;
-  }
+  Event outcome = Event::ResultNoTemporary;
   std::optional<int> found;
-  each_tensor(call, [&](const at::Tensor& tensor, int i) {
-    if (!found && fits(tensor)) {
-      found = i + 1;
+  const auto consider = [&](const at::Tensor& tensor, int position) {
+    if (found || temporaries == nullptr || !temporaries->contain(tensor)) {
+      return;
     }
-  });
+    if (tensor.scalar_type() != result.dtype || tensor.sizes() != at::IntArrayRef(result.sizes) ||
+        tensor.strides() != at::IntArrayRef(result.strides)) {
+      outcome = Event::ResultOfAnotherLayout;
+    } else if (!may_take_over(tensor)) {
+      outcome = Event::ResultMemoryHeld;
+    } else {
+      outcome = Event::ResultTakenOver;
+      found = position;
+    }
+  };
+  consider(*call.input, 0);
+  each_tensor(call, [&](const at::Tensor& tensor, int i) { consider(tensor, i + 1); });
+  count(outcome);
   return found;
 }
 

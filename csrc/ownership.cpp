@@ -1,5 +1,4 @@
-// Python's headers come first.
-#include <Python.h>
+#include <torch/csrc/python_headers.h>
 
 #include "ownership.h"
 
@@ -10,31 +9,43 @@
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/utils/grad_layout_contract.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <pybind11/pybind11.h>
+
 #include <algorithm>
+#include <memory>
+#include <optional>
 #include <string_view>
 #include <typeinfo>
 
 #include "call.h"
+#include "counts.h"
 #include "temporaries.h"
 
 namespace safe_inplace {
 
-bool is_sole_owner(const at::Tensor& tensor, size_t handles) {
-  if (!tensor.defined() || !has_kernel(tensor) || !tensor.is_non_overlapping_and_dense()) {
-    return false;
-  }
-  // Knows about the handles that CUDA graph trees keep.
-  if (at::caching::adjusted_use_count(tensor) != handles) {
-    return false;
-  }
+namespace {
+
+// Its memory is all of an allocation, and torch's own: what torch did not allocate (NumPy, DLPack, another process) is not resizable,
+// and its owner does not count here.
+bool is_own_allocation(const at::Tensor& tensor) {
   const c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
-  // A view, a detached alias, or the storage object itself in somebody's hands. Memory that torch did not allocate
-  // (NumPy, DLPack, another process) is not resizable, and its owner does not count here.
-  return tensor.storage().use_count() == 1 && storage->resizable() &&
+  return tensor.is_non_overlapping_and_dense() && storage->resizable() &&
          static_cast<size_t>(tensor.numel()) * tensor.element_size() <= storage->nbytes();
+}
+
+} // namespace
+
+bool is_sole_owner(const at::Tensor& tensor, size_t handles) {
+  if (!tensor.defined() || !has_kernel(tensor)) {
+    return false;
+  }
+  // Knows about the handles that CUDA graph trees keep. The storage has another where a view, a detached alias, or the storage
+  // object itself is in somebody's hands.
+  return at::caching::adjusted_use_count(tensor) == handles && tensor.storage().use_count() == 1 && is_own_allocation(tensor);
 }
 
 bool graph_is_released() {
@@ -177,7 +188,7 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
 bool may_overwrite_saved(const at::Tensor& saved, size_t handles) {
   const bool has_object = saved.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
   return !c10::GradMode::is_enabled() && graph_is_released() && is_sole_owner(saved, handles + (has_object ? 1 : 0)) &&
-         readers_are_ordered(saved.device()) && (!has_object || forgotten_by_python(saved));
+         readers_are_ordered(saved.device()) && hide_from_python(saved);
 }
 
 bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles) {
@@ -185,17 +196,104 @@ bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles) {
          readers_are_ordered(tensor.device());
 }
 
+namespace {
+
+using torch::autograd::AutogradMeta;
+using torch::autograd::DifferentiableViewMeta;
+
+// What rebase_history would find to go through.
+const DifferentiableViewMeta* recorded_view(const at::Tensor& tensor) {
+  const auto* meta = torch::autograd::impl::get_view_autograd_meta(tensor);
+  return meta != nullptr && meta->has_bw_view() ? meta : nullptr;
+}
+
+// Whether anybody but the view holds its base.
+bool is_held(const at::Tensor& base) {
+  const bool has_object = base.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
+  return !is_forgotten_by_python(base) || base.use_count() != (has_object ? 2 : 1) || base.weak_use_count() != 1;
+}
+
+bool covers(const at::Tensor& view, const at::Tensor& base) {
+  return view.numel() == base.numel() && view.storage_offset() == base.storage_offset() && view.is_non_overlapping_and_dense() &&
+         base.is_non_overlapping_and_dense();
+}
+
+// What somebody has left with a tensor, or with the node that made it, and may ask for.
+std::optional<Event> left_with(const at::Tensor& tensor) {
+  const AutogradMeta* meta = torch::autograd::impl::get_autograd_meta(tensor);
+  if (meta == nullptr) {
+    return std::nullopt;
+  }
+  if (meta->retains_grad_ || meta->grad_.defined() || meta->grad_dtype_ || meta->allow_grad_dtype_mismatch_) {
+    return Event::ViewGradient;
+  }
+  const bool hooks = !meta->hooks_.empty() || meta->post_acc_grad_hooks_ != nullptr || !meta->name_.empty() ||
+                     (meta->grad_fn_ && has_hooks(*meta->grad_fn_));
+  return hooks ? std::make_optional(Event::ViewHooks) : std::nullopt;
+}
+
+// Why somebody might see through the base what becomes of the view; nothing if nobody can.
+std::optional<Event> why_a_view(const at::Tensor& view, const DifferentiableViewMeta& meta) {
+  const auto& info = meta.get_backward_view();
+  const at::Tensor& base = info.base_;
+  // To forward mode a view of another base, or none; elements of another type.
+  if (!meta.shared_view_info() || info.has_view_fn()) {
+    return Event::ViewOfAnotherKind;
+  }
+  // By Python, another view, a node that saved it.
+  if (is_held(base)) {
+    return Event::ViewBaseHeld;
+  }
+  // By a detached alias, a node that saved it as its result, the storage object itself.
+  if (!share_storage(view, base) || view.storage().use_count() != 2) {
+    return Event::ViewMemoryHeld;
+  }
+  // as_strided reaches from a part into the rest; its gradient needs the whole.
+  if (!covers(view, base)) {
+    return Event::ViewOfPart;
+  }
+  const auto left = left_with(view);
+  return left ? left : left_with(base);
+}
+
+} // namespace
+
+void own_view(const at::Tensor& tensor) {
+  if (recorded_view(tensor) == nullptr) {
+    return;
+  }
+  // Python's garbage collector reads what is exchanged here, from any thread.
+  const pybind11::gil_scoped_acquire gil;
+  const auto why = why_a_view(tensor, *recorded_view(tensor));
+  count(why.value_or(Event::ViewOwn));
+  if (!why) {
+    // The version counter is the tensor's, and stays the one that it shared with the base.
+    tensor.unsafeGetTensorImpl()->set_autograd_meta(std::make_unique<AutogradMeta>());
+  }
+}
+
 bool may_take_over(const at::Tensor& temporary) {
   // On other devices a reader on another stream may be on its way, and nothing here would know.
-  if (!temporary.is_cpu() || temporary.is_view() || temporary.storage_offset() != 0 || !is_sole_owner(temporary)) {
+  if (!temporary.is_cpu() || temporary.storage_offset() != 0 || temporary.weak_use_count() != 1 || left_with(temporary) ||
+      (temporary.is_leaf() && temporary.requires_grad())) {
     return false;
   }
-  // Nobody may come back to it: neither through a weak reference, nor by what autograd is to tell of it.
-  if (temporary.weak_use_count() != 1 || (temporary.is_leaf() && temporary.requires_grad())) {
+  if (!temporary.is_view()) {
+    return is_sole_owner(temporary);
+  }
+  const pybind11::gil_scoped_acquire gil;
+  const auto* meta = recorded_view(temporary);
+  if (meta == nullptr || temporary.use_count() != 1 || why_a_view(temporary, *meta)) {
     return false;
   }
-  const auto* meta = torch::autograd::impl::get_autograd_meta(temporary);
-  return meta == nullptr || (meta->hooks_.empty() && !meta->retains_grad_);
+  const at::Tensor& base = meta->get_backward_view().base_;
+  return has_kernel(base) && is_own_allocation(base) && hide_from_python(base);
+}
+
+void leave_view(const at::Tensor& tensor) {
+  if (recorded_view(tensor) != nullptr) {
+    count(Event::ViewLeftToTorch);
+  }
 }
 
 } // namespace safe_inplace

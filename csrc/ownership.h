@@ -1,4 +1,4 @@
-// May this memory be written over? The one place that answers.
+// May this memory be written over? Who sees it? The one place that answers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,7 +22,7 @@ bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles = 1);
 bool may_overwrite_saved(const at::Tensor& saved, size_t handles = 1);
 
 // Whether a temporary's memory may be a result's from now on: the caller's evaluation stack holds its only Python reference, and
-// the handle behind that is the last one on the tensor and its memory.
+// the handle behind that is the last one on the tensor and its memory, or the only one beside a base that nobody else can reach.
 bool may_take_over(const at::Tensor& temporary);
 
 // Gives every gradient that may become a leaf's `.grad` as it is memory that nobody else sees: copies it where somebody does.
@@ -31,5 +31,13 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
 
 // Whether the graph of the running backward pass is released after it.
 bool graph_is_released();
+
+// A tensor that was written, and whose history is about to be rebased: torch's checks have passed, and no forward gradient is
+// there. If it is a view of all of a base that nobody else can reach, it becomes a tensor of its own, without a history; a view's
+// history goes through its base, by copies (CopySlices). What a view was is counted.
+void own_view(const at::Tensor& tensor);
+
+// The same write done by torch's methods: a view stays one, and is counted.
+void leave_view(const at::Tensor& tensor);
 
 } // namespace safe_inplace

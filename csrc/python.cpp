@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "counts.h"
 #include "digest.h"
 #include "guard/module.h"
 #include "library.h"
@@ -299,6 +300,15 @@ py::list op_table() {
   return rows;
 }
 
+py::dict counts_by_name() {
+  py::dict named;
+  const auto values = counts();
+  for (size_t i = 0; i < kEvents; ++i) {
+    named[name_of(Event(i))] = values[i];
+  }
+  return named;
+}
+
 // setup.py knows these; beside the extension it leaves the same facts in _build_info.py, to be read without loading it.
 py::dict build_info() {
   py::dict info;
@@ -370,6 +380,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("make_entry_point", make_entry_point, py::arg("name"), py::arg("documentation"), py::arg("module"));
   m.def("op_table", op_table);
   m.def("build_info", build_info);
+  m.def("counts", counts_by_name);
+  m.def("reset_counts", reset_counts);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });
   m.def("register_backend", register_backend, py::arg("backend"));
   m.def("look_for_temporaries", Temporaries::look, py::arg("enabled"));

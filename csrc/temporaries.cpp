@@ -107,13 +107,18 @@ bool Temporaries::look(bool wanted) {
   return enabled.exchange(wanted);
 }
 
-bool forgotten_by_python(const at::Tensor& tensor) {
+bool is_forgotten_by_python(const at::Tensor& tensor) {
+  PyObject* const object = tensor.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
+  return object == nullptr || (THPVariable_CheckExact(object) && is_last_reference(object));
+}
+
+bool hide_from_python(const at::Tensor& tensor) {
   PyObject* const object = tensor.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
   if (object == nullptr) {
     return true;
   }
   const pybind11::gil_scoped_acquire lock;
-  if (!THPVariable_CheckExact(object) || !is_last_reference(object)) {
+  if (!is_forgotten_by_python(tensor)) {
     return false;
   }
   PyObject_GC_UnTrack(object);

@@ -37,7 +37,10 @@ class Temporaries {
 };
 
 // Whether a tensor's Python object, if it has one, lives on only because the tensor does: a tensor keeps its object, which holds a
-// handle on it, as long as there are others. From then on nobody can find it. Takes the interpreter's lock.
-bool forgotten_by_python(const at::Tensor& tensor);
+// handle on it, as long as there are others. With the interpreter's lock.
+bool is_forgotten_by_python(const at::Tensor& tensor);
+
+// The same, and from then on nobody can find the object. Takes the lock where there is one.
+bool hide_from_python(const at::Tensor& tensor);
 
 } // namespace safe_inplace

@@ -226,6 +226,7 @@ def addcmul_(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number
     # torch's add has no use for a boolean alpha.
     return _write(input, torch.add(_old(input), product, alpha=int(value) if isinstance(value, bool) else value))
 
+
 @_op
 def add(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
     r"""Adds: ``input + alpha * other``. Bit for bit what ``torch.add(input, other, alpha=alpha)`` returns.
@@ -294,8 +295,8 @@ def add_mul(input: Tensor, other: Operand, scale: Operand) -> Tensor:
     Returns:
         A tensor of the broadcast shape and the promoted dtype, as :func:`add` returns it.
 
-    Saved for backward: ``scale``, if ``input`` or ``other`` needs a gradient; ``input + other``, if ``scale`` does: the kernel that
-    writes the result writes it too.
+    Saved for backward: ``scale``, if ``input`` or ``other`` needs a gradient; ``input + other``, if ``scale`` does: the kernel
+    that writes the result writes it too.
 
     Raises:
         RuntimeError: shapes that do not broadcast, or what else torch's own operators refuse.
@@ -353,8 +354,8 @@ def addcmul(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number 
     Returns:
         A tensor of the broadcast shape and the promoted dtype, as :func:`add` returns it.
 
-    Saved for backward: ``tensor2``, if ``tensor1`` needs a gradient; ``tensor1``, if ``tensor2`` does. Both as they are, without a
-    copy. ``input`` needs nothing.
+    Saved for backward: ``tensor2``, if ``tensor1`` needs a gradient; ``tensor1``, if ``tensor2`` does. Both as they are,
+    without a copy. ``input`` needs nothing.
 
     Raises:
         RuntimeError: shapes that do not broadcast, or what else torch's own operators refuse.
@@ -369,7 +370,6 @@ def addcmul(input: Tensor, tensor1: Operand, tensor2: Operand, *, value: Number 
     product = tensor1 * tensor2
     # torch's add has no use for a boolean alpha.
     return torch.add(input, product, alpha=int(value) if isinstance(value, bool) else value)
-
 
 
 def _call_override(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -265,8 +265,16 @@ def test_fakes_know_dtype_and_layout(op):
     ]
     real = op.functional(*values)
     with FakeTensorMode() as mode:
-        fake = getattr(op.functional_packet, "default")(*(mode.from_tensor(v) for v in values))
+        fake = op.functional_packet.default(*(mode.from_tensor(v) for v in values))
     assert (fake.dtype, fake.shape, fake.stride()) == (real.dtype, real.shape, real.stride())
+
+
+CALLS = {
+    "mul": lambda branch, vector, other: safe_inplace.mul(branch, vector),
+    "mul_add": lambda branch, vector, other: safe_inplace.mul_add(branch, vector, other),
+    "addcmul": lambda branch, vector, other: safe_inplace.addcmul(other, branch, vector),
+    "addcmul turned": lambda branch, vector, other: safe_inplace.addcmul(other, vector, branch),
+}
 
 
 class TestMemory:
@@ -283,19 +291,12 @@ class TestMemory:
                 op.functional(x, *operands)
             assert len(memory.allocations(self.SIZE)) == 1
 
-    CALLS = {
-        "mul": lambda branch, vector, other: safe_inplace.mul(branch, vector),
-        "mul_add": lambda branch, vector, other: safe_inplace.mul_add(branch, vector, other),
-        "addcmul": lambda branch, vector, other: safe_inplace.addcmul(other, branch, vector),
-        "addcmul turned": lambda branch, vector, other: safe_inplace.addcmul(other, vector, branch),
-    }
-
     @pytest.mark.parametrize("call", CALLS)
     def test_backward_takes_a_temporary_that_it_saved(self, call):
         """A branch that only the graph holds, with a trained vector: its gradient is written over it."""
         leaf = torch.randn(self.SHAPE, requires_grad=True)
         vector = torch.randn(self.SHAPE[1], requires_grad=True)
-        result = self.CALLS[call](leaf * 1, vector, torch.randn(self.SHAPE))
+        result = CALLS[call](leaf * 1, vector, torch.randn(self.SHAPE))
         upstream = torch.randn(self.SHAPE)
         with Memory() as memory:
             torch.autograd.grad(result, [leaf, vector], upstream)
@@ -312,9 +313,9 @@ class TestRefusals:
     @rows
     def test_types(self, op):
         rest = [1.0] * (len(op.operands) - 1)
-        with pytest.raises(TypeError, match=rf"{op.functional_name}\(\): argument 'input' must be a torch.Tensor.*wrap it"):
+        with pytest.raises(TypeError, match=rf"{op.functional_name}\(\): argument 'input' must be a torch\.Tensor.*wrap it"):
             op.functional(1.0, 2.0, *rest)
-        with pytest.raises(TypeError, match="must be a torch.Tensor or a Python number"):
+        with pytest.raises(TypeError, match=r"must be a torch\.Tensor or a Python number"):
             op.functional(torch.zeros(2), "x", *rest)
         with pytest.raises(TypeError, match="is missing"):
             op.functional(torch.zeros(2))

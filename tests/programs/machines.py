@@ -139,12 +139,12 @@ class Functional(TensorRun):
         return step.reference(self)
 
     def add(self, made):
-        """A tensor is new memory."""
-        if isinstance(made, torch.Tensor):
-            memory = len(self.families)
-            self.families.append([memory, made.reshape(-1)])
-            made = Place(memory, torch.arange(made.numel()).view(made.shape), whole=True)
-        super().add(made)
+        super().add(self.new_memory(made) if isinstance(made, torch.Tensor) else made)
+
+    def new_memory(self, made):
+        memory = len(self.families)
+        self.families.append([memory, made.reshape(-1)])
+        return Place(memory, torch.arange(made.numel()).view(made.shape), whole=True)
 
     def __getitem__(self, var):
         return self.read(self.place(var))
@@ -156,7 +156,9 @@ class Functional(TensorRun):
         return super().__getitem__(var)
 
     def view(self, var, function):
-        place = self.place(var)
+        return self.view_of(self.place(var), function)
+
+    def view_of(self, place, function):
         return Place(place.family, function(place.positions))
 
     def detach(self, var):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import safe_inplace
+
 from ..op_table import BY_NAME, OPS
 from .backward.check import FUZZ
 from .backward.runs import write_ideally
@@ -13,6 +15,12 @@ from .slices import SEED, slices
 @slices(FUZZ, 600, 6)
 def test_programs(indices):
     assert FUZZ.search(SEED, indices).total() == len(indices)
+
+
+def test_programs_write_private_views():
+    safe_inplace.reset_counts()
+    FUZZ.search("views", range(100))
+    assert safe_inplace.counts()["view.own"] > 20
 
 
 def refusing_first(write):

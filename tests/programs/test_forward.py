@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import safe_inplace
+
 from ..op_table import OPS
 from .engine import Disagreement
 from .forward.check import FUZZ
@@ -21,6 +23,12 @@ def test_programs_end_in_every_way():
     assert ends["agree"] > 300
     assert ends["both refuse"] > 10
     assert ends["only torch refuses"] > 0
+
+
+def test_programs_write_private_views():
+    safe_inplace.reset_counts()
+    FUZZ.search("ends", range(300))
+    assert safe_inplace.counts()["view.own"] > 30
 
 
 def test_the_reference_is_judged_as_well(monkeypatch):

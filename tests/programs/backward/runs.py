@@ -48,6 +48,10 @@ class User(TensorRun):
         self.stashes[label] = Stash(tensor, None if alias else tensor.detach().clone(), compared)
         return tensor
 
+    def private_view(self, tensor):
+        """Of what no variable holds: to ours it becomes a tensor of its own, so it is one to the others."""
+        return tensor
+
     def give(self, tensor):
         return tensor
 
@@ -97,7 +101,12 @@ def same(a, b):
 
 
 class Ours(ByOurs, User):
-    pass
+    def __init__(self, program, functions=None):
+        super().__init__(program, functions)
+        self.owns_views = functions is None  # other functions leave a view one
+
+    def private_view(self, tensor):
+        return tensor[...] if self.owns_views else tensor
 
 
 class Torch(ByTorch, User):

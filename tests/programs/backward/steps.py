@@ -83,11 +83,15 @@ class Unary(Producer):
     def generate(cls, generator, source=None):
         source = source or generator.source()
         v = generator.known[source]
-        name = generator.rng.choice(["clone", "clone", "clone", "neg", "once", "double"])
-        return generator.add(cls(source, name), Known(v.shape, v.requires_grad))
+        name = generator.rng.choice(["clone", "clone", "clone", "neg", "once", "double", "viewed", "viewed"])
+        # A view that is hooked before it is written stays one.
+        viewed = Var(len(generator.known)) if name == "viewed" else None
+        return generator.add(cls(source, name), Known(v.shape, v.requires_grad, viewed=viewed))
 
     def run(self, run):
         tensor = run[self.source]
+        if self.name == "viewed":
+            return run.private_view(tensor.clone())
         number = {"once": 1, "double": 2.0}.get(self.name)
         return getattr(tensor, self.name)() if number is None else tensor * number
 

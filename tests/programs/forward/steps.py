@@ -46,7 +46,8 @@ class Write(Step):
             return
         if rng.random() < 0.4:
             # nothing has saved what was just made: most programs should get through their backward
-            target = Unary.generate(generator, target, rng.choice(["clone", "neg"]))
+            made = rng.choice([Unary, Unary, PrivateView])
+            target = made.generate(generator, target, rng.choice(["clone", "neg"]))
         op = rng.choice(OPS)
         operands = tuple(cls.operand(generator, target) for _ in op.operands)
         parameter = rng.choice(NUMBERS) if op.parameter and rng.random() < 0.4 else None
@@ -94,14 +95,17 @@ class View(Producer):
         if source is None:
             return
         v = generator.known[source]
+        kind, arguments, shape, contiguous = cls.choose(rng, v)
+        known = Known(shape, v.requires_grad, False, contiguous, v.memory)
+        return generator.add(cls(source, kind, arguments, rng.random() < 0.04), known)
+
+    @classmethod
+    def choose(cls, rng, v):
         kind = rng.choice(["expand"] if rng.random() < 0.1 else cls.possible(v))
         arguments = view_arguments(rng, v.shape, kind, empty=True)
         along = not arguments or arguments[0] == 0
         kept = kind in ("alias", "unsqueeze") or (kind in ("select", "unbind", "narrow") and along)
-        known = Known(
-            view_shape(v.shape, kind, arguments), v.requires_grad, False, kind == "flatten" or (v.contiguous and kept), v.memory
-        )
-        return generator.add(cls(source, kind, arguments, rng.random() < 0.04), known)
+        return kind, arguments, view_shape(v.shape, kind, arguments), kind == "flatten" or (v.contiguous and kept)
 
     @staticmethod
     def possible(v):
@@ -149,6 +153,32 @@ class Unary(Producer):
         return UNARY[self.name](run[self.source])
 
     reference = run
+
+
+class PrivateView(Producer):
+    """A view of what no variable holds."""
+
+    source: Var
+    name: str
+    kind: str
+    arguments: tuple
+
+    weight = 1
+
+    @classmethod
+    def generate(cls, generator, source=None, name=None):
+        source = source or generator.pick()
+        v = generator.known[source]
+        name = name or generator.rng.choice(["sin", "square", "clone", "neg", "exp"])
+        kind, arguments, shape, contiguous = View.choose(generator.rng, v)
+        return generator.add(cls(source, name, kind, arguments), Known(shape, v.requires_grad, contiguous=contiguous))
+
+    def run(self, run):
+        return take_view(UNARY[self.name](run[self.source]), self.kind, self.arguments)
+
+    def reference(self, run):
+        base = run.new_memory(UNARY[self.name](run[self.source]))
+        return run.view_of(base, lambda t: take_view(t, self.kind, self.arguments))
 
 
 class Binary(Producer):
