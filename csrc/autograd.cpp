@@ -200,7 +200,7 @@ at::Tensor save_kept_out_of_place(const Call& call, const Prepared& prepared, Op
   at::Tensor kept;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    kept = ahead ? kept_by_operator(call, prepared.result.dtype) : make_fresh(prepared.result, call.input->device());
+    kept = ahead ? kept_by_operator(call, prepared.result->dtype) : make_fresh(*prepared.result, call.input->device());
   }
   saved = SavedVariable(kept, /*is_output=*/false);
   return ahead ? at::Tensor() : kept;
@@ -212,7 +212,7 @@ std::optional<int> choose_operand(const Call& call, const Prepared& prepared, co
   if (prepared.by != Prepared::By::Kernel || torch::jit::tracer::isTracing()) {
     return std::nullopt;
   }
-  const ResultLayout& result = prepared.result;
+  const ResultLayout& result = *prepared.result;
   Event outcome = Event::ResultNoTemporary;
   std::optional<int> found;
   const auto consider = [&](const at::Tensor& tensor, int position) {

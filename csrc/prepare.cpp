@@ -93,7 +93,7 @@ Prepared prepare_out_of_place(const Call& call) {
   ForwardPlan& plan = prepared.plan;
   check_allocated(call);
   prepared.result = result_layout(call);
-  const ResultLayout& result = prepared.result;
+  const ResultLayout& result = *prepared.result;
   if (!takes_kernel(call, result.dtype, prepared)) {
     return prepared;
   }
@@ -165,7 +165,7 @@ at::Tensor run_out_of_place(Prepared& prepared, const Call& call, std::optional<
     return result_by_fallback(call);
   }
   at::Tensor result = taken ? take_over(*taken == 0 ? *call.input : *call.operands[*taken - 1].tensor)
-                            : make_fresh(prepared.result, call.input->device());
+                            : make_fresh(*prepared.result, call.input->device());
   ForwardPlan& plan = prepared.plan;
   if (plan.shape.numel != 0) {
     plan.result.data = result.mutable_data_ptr();

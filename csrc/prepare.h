@@ -14,7 +14,7 @@ struct Prepared {
   By by = By::Fallback;
   ForwardPlan plan;
   at::Tensor copies[2]; // of operands that overlap the input in a way that cannot be read element by element
-  ResultLayout result; // of an out-of-place call
+  std::optional<ResultLayout> result; // of an out-of-place call
 };
 
 // Checks a call whose tensors have kernels as torch's own methods do, in their words, and lays it out.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "../dispatch.h"
 #include "kernels.h"
@@ -233,7 +234,7 @@ struct ForwardPass {
   const bool copy_kept = plan.kept.data != nullptr && is_copied(plan.kept);
   const int64_t copied_bytes = Scratch::aligned(std::min(kBlock, plan.shape.numel) * dtype_size[int(plan.dtype)]);
   bool limited = copy_result || copy_kept;
-  ForwardOperand input; // where it is not the result
+  std::optional<ForwardOperand> input; // where it is not the result
   ForwardOperand operands[2];
   ForwardRows forward_rows;
   alignas(16) char parameter[16];
@@ -244,8 +245,8 @@ struct ForwardPass {
       limited = limited || operands[i].limits_columns();
     }
     if (!in_place) {
-      input.prepare_input(plan, walk);
-      limited = limited || input.limits_columns();
+      input.emplace().prepare_input(plan, walk);
+      limited = limited || input->limits_columns();
     }
     store_number(plan.dtype, plan.parameter, parameter);
     forward_rows = row_table().forward[plan.op][int(plan.dtype)][operands[0].kind][operands[1].kind];
@@ -256,8 +257,8 @@ struct ForwardPass {
 
   // What a thread needs in buffers.
   int64_t scratch_bytes() const {
-    return Scratch::aligned(operands[0].bytes) + Scratch::aligned(operands[1].bytes) + Scratch::aligned(input.bytes) +
-           (copy_result ? copied_bytes : 0) + (copy_kept ? copied_bytes : 0);
+    return Scratch::aligned(operands[0].bytes) + Scratch::aligned(operands[1].bytes) +
+           (input ? Scratch::aligned(input->bytes) : 0) + (copy_result ? copied_bytes : 0) + (copy_kept ? copied_bytes : 0);
   }
 
   void run(int64_t begin, int64_t end, char* scratch) const;
@@ -276,8 +277,10 @@ void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
   for (ForwardOperand& operand : own) {
     operand.buffer = next_buffer(operand.bytes);
   }
-  ForwardOperand own_input = input;
-  own_input.buffer = next_buffer(input.bytes);
+  std::optional<ForwardOperand> own_input = input;
+  if (own_input) {
+    own_input->buffer = next_buffer(own_input->bytes);
+  }
   char* const result_buffer = next_buffer(copy_result ? copied_bytes : 0);
   char* const kept_buffer = scratch;
   const Arg& written = plan.written();
@@ -309,8 +312,8 @@ void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
       block.operands[i] = own[i].at(shape, index, walk, block.rows, block.n, block.operand_strides[i]);
     }
     block.result = copy_result ? result_buffer : address(written, offset_of(shape, written, index));
-    if (!in_place) {
-      block.input = own_input.at(shape, index, walk, block.rows, block.n, block.input_stride);
+    if (own_input) {
+      block.input = own_input->at(shape, index, walk, block.rows, block.n, block.input_stride);
     } else {
       block.input = block.result;
       block.input_stride = block.result_stride;
