@@ -75,6 +75,11 @@ bool is_last_reference(PyObject* tensor) {
   return Py_REFCNT(tensor) == 1 && *PyObject_GET_WEAKREFS_LISTPTR(tensor) == nullptr;
 }
 
+// Unless a hook or a node has it now.
+bool goes_with_the_call(PyObject* tensor) {
+  return Py_REFCNT(tensor) == 1 && THPVariable_Unpack(tensor).use_count() == 1;
+}
+
 thread_local const Temporaries* unclaimed = nullptr;
 std::atomic<bool> enabled = true;
 
@@ -97,7 +102,7 @@ Temporaries::Temporaries(PyObject* const* values, int count, PyObject* const* ar
 Temporaries::~Temporaries() {
   unclaimed = nullptr;
   for (PyObject* const value : values_) {
-    if (value != nullptr && !gone_) {
+    if (value != nullptr && !(gone_ && goes_with_the_call(value))) {
       PyObject_GC_Track(value);
     }
   }

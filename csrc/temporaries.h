@@ -17,7 +17,7 @@ class Temporaries {
   ~Temporaries();
   Temporaries(const Temporaries&) = delete;
 
-  // The call has returned, and may have taken their memory: they stay hidden.
+  // The call has returned, and may have taken their memory: they stay hidden, but for those that live on.
   void leave_hidden() { gone_ = true; }
 
   // Whether any are looked for: off, every result is fresh. Returns what was set before.
