@@ -149,6 +149,19 @@ def test_beside_operands_that_are_broadcast(op, place, shape):
 
 
 @places
+@pytest.mark.parametrize("shape", [(300, 1031), (1031,), (300, 1), ()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_ones(op, place, shape, dtype):
+    """Of many blocks, on the way that writes fresh memory past the caches, and without the interpreter's lock."""
+    given = [random_tensor(shape, dtype) for _ in op.arguments]
+    value = random_tensor((300, 1031), dtype)
+    made = Made(lambda: value * 2)
+    result, expected = call_twice(op, place, made, given)
+    assert result.data_ptr() == made.address
+    assert_bit_equal(result, expected)
+
+
+@places
 def test_beside_numbers(op, place):
     given = [random_tensor(SHAPE, torch.float32)] + [1.5] * len(op.operands)
     value = random_tensor(SHAPE, torch.float32)
@@ -312,19 +325,28 @@ def test_a_temporary_that_lives_on_is_known_to_the_garbage_collector(op, place, 
     assert gone() is None
 
 
+class Attribute:
+    """Of a tensor: notes when that goes."""
+
+    def __init__(self, gone):
+        self.gone = gone
+
+    def __del__(self):
+        self.gone.append(True)
+
+
 @places
-def test_a_call_that_is_refused_lets_the_temporary_go(op, place):
-    given = [torch.zeros(3, 3) for _ in op.arguments]
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_temporary_goes_with_the_call(op, place, refused):
+    given = [torch.zeros(3, 3) if refused else value for value in values(op)]
     value, gone = random_tensor(SHAPE, torch.float32), []
-
-    class Attribute:
-        def __del__(self):
-            gone.append(True)
-
-    made = Made(lambda: value * 2, lambda tensor: setattr(tensor, "attribute", Attribute()))
-    with pytest.raises(RuntimeError, match="must match the size"):
-        plain_call(op, place)(op.functional, made, given)
+    made = Made(lambda: value * 2, lambda tensor: setattr(tensor, "attribute", Attribute(gone)))
+    with pytest.raises(RuntimeError, match="must match the size") if refused else nullcontext():
+        result = plain_call(op, place)(op.functional, made, given)
     assert gone == [True]
+    if not refused:
+        assert result.data_ptr() == made.address
+        assert not hasattr(result, "attribute")
 
 
 # ---- held by somebody
@@ -1284,6 +1306,7 @@ def test_what_a_caller_keeps_stays(name):
     value = random_tensor(SHAPE, torch.float32)
     for _ in range(20):  # also when the interpreter has specialized the calls
         result, held = CALLS[name](lambda: value * 2)
+        assert gc.is_tracked(held)
         assert_bit_equal(held, value * 2)
         assert_bit_equal(result, value * 2 + 1)
 
@@ -1319,6 +1342,22 @@ def test_under_transforms(transform, fresh_dynamo):
     with always_fresh():
         expected = transform(function)(x)
     assert_bit_equal(transform(function)(x), expected)
+
+
+def test_after_a_graph_break(fresh_dynamo):
+    x = random_tensor(SHAPE, torch.float32)
+
+    def broken():
+        torch._dynamo.graph_break()
+        return 2.0
+
+    def function(x):
+        held = x * 2
+        return mul(add(held, broken()), add(x * 3, broken())), held
+
+    result, held = torch.compile(function, backend="eager")(x)
+    assert_bit_equal(held, x * 2)
+    assert_bit_equal(result, (x * 2 + 2) * (x * 3 + 2))
 
 
 def test_in_forward_mode():
