@@ -1370,6 +1370,122 @@ def test_in_forward_mode():
     torch.testing.assert_close(derivative, 4 * x * tangent)
 
 
+# ---- what C or C++ hands to a function that lets go of it
+
+
+def adds(*arguments):
+    """The function has no reference of its own to its first argument when it calls the op: whoever called it still has."""
+    held = list(arguments)
+    del arguments
+    return add(held.pop(0), 1)
+
+
+HANDED = {
+    "map": lambda value: next(map(adds, [value])),
+    "reduce": lambda value: functools.reduce(adds, [value, 1]),
+    "partial": lambda value: functools.partial(adds, value)(),
+    "star": lambda value: adds(*[value]),
+    "method": lambda value: types.MethodType(adds, value)(),
+    "call": lambda value: operator.call(adds, value),
+    "special": lambda value: type("Adds", (), {"__call__": staticmethod(adds)})()(value),
+    "send": lambda value: sent(value),
+    "thread": lambda value: concurrent.futures.ThreadPoolExecutor(1).submit(adds, value).result(),
+    "vmap": lambda value: torch.vmap(adds)(value),
+    "checkpoint": lambda value: checkpoint(adds, value, use_reentrant=False),
+    "reentrant": lambda value: checkpoint(adds, value, use_reentrant=True),
+    "compiled": lambda value: torch.compile(adds, backend="eager")(value),
+}
+
+
+def sent(value):
+    def generate():
+        yield adds((yield))
+
+    running = generate()
+    next(running)
+    return running.send(value)
+
+
+@pytest.mark.parametrize("how", HANDED)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_what_a_function_was_handed(how, fresh_dynamo):
+    value = random_tensor(SHAPE, torch.float32)
+    before = value.clone()
+    for _ in range(3):
+        assert_bit_equal(HANDED[how](value), before + 1)
+        assert_bit_equal(value, before)
+
+
+@pytest.mark.parametrize("where", ["tensor", "prehook", "posthook", "capture", "function"])
+def test_what_a_hook_of_a_gradient_was_handed(where):
+    """One gradient comes to two operands of a sum, or is the caller's."""
+
+    class Adds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            held = list(gradients)
+            del gradients
+            return adds(held.pop())
+
+    a, b = (torch.zeros(SHAPE, requires_grad=True) for _ in range(2))
+    hooked = Adds.apply(a) if where == "function" else a * 1
+    if where == "tensor":
+        hooked.register_hook(adds)
+    elif where == "prehook":
+        hooked.grad_fn.register_prehook(lambda gradients: (adds(*gradients),))
+    elif where == "posthook":
+        hooked.grad_fn.register_hook(lambda inputs, outputs: (adds(*inputs), *inputs[1:]))
+    elif where == "capture":
+        a.register_hook(adds)
+    gradient = random_tensor(SHAPE, torch.float32)
+    before = gradient.clone()
+    (hooked + b).backward(gradient)
+    assert_bit_equal(gradient, before)
+    assert_bit_equal(b.grad, before)
+    assert_bit_equal(a.grad, before + 1)
+
+
+def test_what_a_hook_of_accumulation_was_handed():
+    leaf, results = torch.zeros(SHAPE, requires_grad=True), []
+    leaf.register_post_accumulate_grad_hook(lambda leaf: results.append(adds(leaf.grad)))
+    leaf.backward(torch.ones(SHAPE))
+    assert leaf.grad.eq(1).all()
+    assert results[0].eq(2).all()
+
+
+@pytest.mark.parametrize("trained", ["input", "other"])
+def test_what_saved_tensor_hooks_were_handed(trained):
+    tensors = {name: random_tensor(SHAPE, torch.float32) for name in ("input", "other")}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors[trained].requires_grad_()
+    (saved,) = tensors.keys() - {trained}
+    with saved_tensors_hooks(adds, adds):
+        result = mul(**tensors)
+    result.sum().backward(retain_graph=True)
+    first = tensors[trained].grad.clone()
+    assert_bit_equal(first, before[saved] + 1 + 1)
+    result.sum().backward()
+    assert_bit_equal(tensors[trained].grad, first + first)
+    for name, tensor in tensors.items():
+        assert_bit_equal(tensor.detach(), before[name])
+
+
+def test_what_a_modules_hook_was_handed():
+    module, kept = torch.nn.Linear(6, 6), []
+    module.register_forward_hook(lambda module, arguments, output: kept.append(output.detach().clone()))
+    module.register_forward_hook(lambda module, arguments, output: adds(output))
+    module.register_forward_pre_hook(lambda module, arguments: (adds(*arguments),))
+    value = random_tensor(SHAPE, torch.float32)
+    before = value.clone()
+    result = module(value)
+    assert_bit_equal(value, before)
+    assert_bit_equal(result.detach(), kept[0] + 1)
+
+
 # ---- the garbage collector's lists
 
 
