@@ -89,8 +89,9 @@ bool on_evaluation_stack(PyObject* const*, Py_ssize_t, PyCFunction) {
 
 #endif
 
+// And no finalizer sees the tensor when it goes.
 bool is_last_reference(PyObject* tensor) {
-  return Py_REFCNT(tensor) == 1 && *PyObject_GET_WEAKREFS_LISTPTR(tensor) == nullptr;
+  return Py_REFCNT(tensor) == 1 && *PyObject_GET_WEAKREFS_LISTPTR(tensor) == nullptr && Py_TYPE(tensor)->tp_finalize == nullptr;
 }
 
 // Unless a hook or a node has it now.

@@ -866,6 +866,25 @@ def test_a_lazy_copy_does_not_write_its_source():
     assert_bit_equal(result, before + 1)
 
 
+def test_a_finalizer_of_the_class_sees_what_was_there(monkeypatch):
+    x, seen = random_tensor(SHAPE, torch.float32), []
+
+    def finalize(tensor):
+        if hasattr(tensor, "mark"):
+            seen.append(tensor.numpy().tobytes())
+
+    def marked():
+        tensor = x * 2
+        tensor.mark = True
+        return tensor
+
+    expected = (x * 2).numpy().tobytes()
+    monkeypatch.setattr(torch.Tensor, "__del__", finalize, raising=False)
+    result = add(marked(), 1)
+    assert seen == [expected]
+    del result
+
+
 # ---- not a plain call
 
 
