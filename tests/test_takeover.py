@@ -1599,6 +1599,30 @@ def test_nobody_finds_it_while_the_arguments_are_dropped(first):
     assert seen == [[]]
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_no_weak_reference_leads_to_it_while_the_arguments_are_dropped(first):
+    x, reference, seen = random_tensor(SHAPE, torch.float32), [], []
+
+    class Looks:
+        def __del__(self):
+            seen.append(reference[0]())
+
+    def looking(tensor):
+        tensor.looks = Looks()
+        return tensor
+
+    def held(tensor):
+        reference.append(weakref.ref(tensor))
+        return tensor
+
+    result = add(looking(x[:1] * 3), held(x * 2)) if first else add(held(x * 2), looking(x[:1] * 3))
+    (tensor,) = seen
+    assert (tensor is not None) is first
+    if first:
+        assert_bit_equal(tensor, x * 2)
+    assert_bit_equal(result, x[:1] * 3 + x * 2)
+
+
 def test_many_threads():
     """Each has its own frames and its own memory."""
     x = random_tensor(LARGE, torch.float32)
