@@ -137,6 +137,30 @@ def test_dense_layouts_are_taken_over(op, place, layout):
     assert result.stride() == expected.stride()
 
 
+ONLY_VIEWS = {
+    "flat": lambda t: (t * 2).view(-1).view(SHAPE),
+    "all": lambda t: (t * 2)[:],
+    "transposed": lambda t: (t.t() * 2).t(),
+    "squeezed": lambda t: (t[None] * 2)[0],
+}
+
+
+@places
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "has_history"])
+@pytest.mark.parametrize("view", ONLY_VIEWS)
+def test_a_view_whose_base_nobody_holds_is_taken_over(op, place, view, requires_grad):
+    given = values(op)
+    value = random_tensor(SHAPE, torch.float32).requires_grad_(requires_grad)
+    made = Made(lambda: ONLY_VIEWS[view](value))
+    result, expected = call_twice(op, place, made, given)
+    assert result.data_ptr() == made.address
+    assert result._base is None
+    assert_bit_equal(result.detach(), expected.detach())
+    if requires_grad:
+        gradients = [torch.autograd.grad(r.sin().sum(), value)[0] for r in (result, expected)]
+        assert_bit_equal(*gradients)
+
+
 @places
 @pytest.mark.parametrize("shape", [(6,), (4, 1), (1, 1), ()], ids=str)
 def test_beside_operands_that_are_broadcast(op, place, shape):
@@ -698,17 +722,26 @@ def a_dlpack_consumer(tensor):
     return lambda: torch.from_numpy(held)
 
 
+VIEWS = {
+    "itself": lambda tensor: tensor,
+    "a_view_of_it": lambda tensor: tensor.view(-1).view(SHAPE),
+    "an_alias_of_it": lambda tensor: tensor[:],
+}
+
+
 @places
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "has_history"])
+@pytest.mark.parametrize("given_on", VIEWS)
 @pytest.mark.parametrize("name", HOLDERS)
-def test_what_somebody_holds_stays(op, place, name, requires_grad):
+def test_what_somebody_holds_stays(op, place, name, given_on, requires_grad):
     given = values(op)
     value = random_tensor(SHAPE, torch.float32).requires_grad_(requires_grad)
     made = Made(lambda: value * 2, HOLDERS[name])
+    call = plain_call(op, place)
     with always_fresh():
-        expected = plain_call(op, place)(op.functional, made, given)
+        expected = call(op.functional, lambda: VIEWS[given_on](made()), given)
         assert_sees(made)
-    result = plain_call(op, place)(op.functional, made, given)
+    result = call(op.functional, lambda: VIEWS[given_on](made()), given)
     assert_sees(made)
     assert result.data_ptr() != made.address or made.gone
     assert_bit_equal(result.detach(), expected.detach())
@@ -780,8 +813,7 @@ UNFIT = {
     "a_parameter": lambda t: torch.nn.Parameter(t.clone()),
     "has_a_hook": lambda t: hooked(t.clone().requires_grad_() * 1),
     "retains_its_gradient": lambda t: retaining(t.clone().requires_grad_() * 1),
-    "a_view": lambda t: (t * 2).view(SHAPE),
-    "transposed": lambda t: (t.t() * 2).t(),
+    "a_part_of_its_base": lambda t: torch.cat([t, t]).view(2, *SHAPE)[0],
     "sliced": lambda t: torch.cat([t, t])[: SHAPE[0]],
     "beyond_the_start": lambda t: torch.cat([t, t])[SHAPE[0] :],
     "beyond_the_start_detached": lambda t: torch.cat([t, t]).detach()[SHAPE[0] :].detach(),
@@ -1580,8 +1612,9 @@ def test_no_other_thread_finds_it_in_the_collectors_lists():
     assert taken > 10
 
 
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t.view(-1).view(SHAPE)], ids=["itself", "view"])
 @pytest.mark.parametrize("first", [False, True])
-def test_nobody_finds_it_while_the_arguments_are_dropped(first):
+def test_nobody_finds_it_while_the_arguments_are_dropped(first, view):
     """The last reference to the other argument goes with the call, and runs code when the memory is the result's already."""
     x, seen = random_tensor(SHAPE, torch.float32), []
 
@@ -1593,7 +1626,7 @@ def test_nobody_finds_it_while_the_arguments_are_dropped(first):
         tensor.looks = Looks()
         return tensor
 
-    made = Made(lambda: marked(x * 2))
+    made = Made(lambda: view(marked(x * 2)))
     result = add(looking(x[:1] * 3), made()) if first else add(made(), looking(x[:1] * 3))
     assert result.data_ptr() == made.address
     assert seen == [[]]

@@ -124,6 +124,8 @@ CALLS = [
     "list(accumulate([{}, {}, {}], {op}))[-1]",
     "MethodType({op}, {})({})",
     "keep_method({op}, {})({})",
+    "{op}(MethodType(keep_partial({op}, {}), 1.5)(), {})",
+    "{op}(MethodType(keep_method({op}, {}), 0.5)(), {})",
     "(lambda t: {op}(t, {}))({})",
     "(lambda t: {op}(t, t))({})",
     "(lambda t, u: {op}(t * 1, u))({}, {})",
