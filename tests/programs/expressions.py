@@ -209,7 +209,7 @@ class Environment:
             }
         )
 
-    # For the count of what is taken over: the result has the memory of an argument.
+    # To tell programs that take memory over: the result has the memory of an argument, or of one that a call which raised let go.
     def note(self, tensor):
         self.noted.add(tensor.data_ptr())
         return tensor
@@ -887,7 +887,6 @@ def check(program: Program, ops: dict[str, Any] | None = None) -> str:
             expect(value == other_value, f"step {index}: {path} is {value}, {other_value} without")
         expect(len(state) == len(other), f"step {index}: {len(state)} are reached, {len(other)} without")
     expect(str(run.refused) == str(fresh.refused), f"{run.refused} instead of {fresh.refused}")
-    expect(fresh.counts["taken over"] == 0, "memory was taken over where none should be")
     taken = "with" if run.counts["taken over"] else "without"
     return f"{'finishes' if run.refused is None else 'is refused'}, {taken} memory seen to be taken over"
 
