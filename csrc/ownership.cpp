@@ -278,6 +278,10 @@ bool may_take_over(const at::Tensor& temporary) {
       (temporary.is_leaf() && temporary.requires_grad())) {
     return false;
   }
+  // A small result must not keep a large memory.
+  if (temporary.storage().nbytes() != static_cast<size_t>(temporary.numel()) * temporary.element_size()) {
+    return false;
+  }
   if (!temporary.is_view()) {
     return is_sole_owner(temporary);
   }

@@ -231,8 +231,9 @@ PyObject* write_in_place(const Call& call, PyObject* input) {
   return Py_NewRef(input);
 }
 
-PyObject* call_out_of_place(const Call& call, PyObject* const* values, PyObject* const* args, PyCFunction function) {
-  Temporaries temporaries(values, 1 + call.info().operands, args, function);
+PyObject* call_out_of_place(const Call& call, PyObject* const* values, PyObject* const* args, Py_ssize_t given,
+                            PyCFunction function) {
+  Temporaries temporaries(values, 1 + call.info().operands, args, given, function);
   at::Tensor result;
   if (any_tensor(call, is_large)) {
     const py::gil_scoped_release release;
@@ -273,7 +274,11 @@ PyObject* call_op(int index, Form form, PyCFunction function, PyObject* const* a
   if (signature.is_parameter(last) && values[last] != nullptr && !take_parameter(values[last], call.parameter)) {
     refuse(signature, last, values[last]);
   }
-  return form == Form::InPlace ? write_in_place(call, values[0]) : call_out_of_place(call, values, args, function);
+  if (form == Form::InPlace) {
+    return write_in_place(call, values[0]);
+  }
+  const Py_ssize_t given = positional + (keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords));
+  return call_out_of_place(call, values, args, given, function);
 }
 
 template <int index, Form form>

@@ -12,12 +12,12 @@ namespace safe_inplace {
 // not know them: its lists would show them to anybody.
 class Temporaries {
  public:
-  // `values`: tensors and numbers out of the arguments of `function`, which lie at `args`.
-  Temporaries(PyObject* const* values, int count, PyObject* const* args, PyCFunction function);
+  // `values`: tensors and numbers out of the arguments of `function`, of which `given` lie at `args`.
+  Temporaries(PyObject* const* values, int count, PyObject* const* args, Py_ssize_t given, PyCFunction function);
   ~Temporaries();
   Temporaries(const Temporaries&) = delete;
 
-  // The call has returned, and may have taken their memory: they stay hidden.
+  // The call has returned, and may have taken their memory: they stay hidden, but for those that live on.
   void leave_hidden() { gone_ = true; }
 
   // Whether any are looked for: off, every result is fresh. Returns what was set before.
