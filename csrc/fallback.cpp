@@ -254,21 +254,6 @@ at::Tensor result_by_fallback(const Call& call) {
   return one_step ? evaluate(call, /*widens=*/false) : evaluate(call, /*widens=*/true).to(result_dtype(call));
 }
 
-at::Tensor meta_result(const Call& original) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  const auto without_values = [](const at::Tensor& tensor) {
-    return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kMeta));
-  };
-  Call call = original;
-  at::Tensor meta[3] = {without_values(*call.input)};
-  call.input = &meta[0];
-  each_tensor(original, [&](const at::Tensor& operand, int i) {
-    meta[i + 1] = without_values(operand);
-    call.operands[i].tensor = &meta[i + 1];
-  });
-  return evaluate(call, /*widens=*/false);
-}
-
 void write_by_fallback(const Call& call, bool dense) {
   check_devices(call);
   if (dense) {

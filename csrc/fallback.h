@@ -14,7 +14,4 @@ void write_checked_by_fallback(const Call& call);
 // The out-of-place call: torch's operators, their nodes included.
 at::Tensor result_by_fallback(const Call& call);
 
-// The result of an out-of-place call without its values.
-at::Tensor meta_result(const Call& call);
-
 } // namespace safe_inplace

@@ -7,8 +7,10 @@
 #include <ATen/native/TypeProperties.h>
 #include <c10/core/DefaultDtype.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "dispatch.h"
-#include "fallback.h"
 
 namespace safe_inplace {
 
@@ -80,16 +82,107 @@ at::ScalarType result_dtype(const Call& call) {
   return dtype;
 }
 
-namespace {
+// The same over sizes and strides, as TensorIterator lays a result out.
+namespace placement {
 
-// Of an expanded dimension the others decide where it lies.
-bool decides_order(const at::Tensor& input) {
-  for (int64_t dim = 0; dim < input.dim(); ++dim) {
-    if (input.stride(dim) == 0 && input.size(dim) > 1) {
-      return false;
+struct Placed {
+  at::DimVector sizes;
+  at::DimVector strides; // empty: a number
+
+  Placed() = default;
+  Placed(const at::Tensor& tensor) : sizes(tensor.sizes()), strides(tensor.strides()) {}
+  Placed(const at::Scalar&) {}
+  Placed(const Operand& operand) : Placed(operand.tensor != nullptr ? Placed(*operand.tensor) : Placed()) {}
+};
+
+// Of an operand beside dimensions that it may lack; 0 where it is broadcast.
+int64_t stride_along(const Placed& operand, const at::DimVector& sizes, size_t dim) {
+  const size_t missing = sizes.size() - operand.sizes.size();
+  const bool broadcast = dim < missing || (operand.sizes[dim - missing] == 1 && sizes[dim] != 1);
+  return broadcast ? 0 : operand.strides[dim - missing];
+}
+
+// Whether dimension `a` lies outside of dimension `b`: more than 0 if it must, less if it must not. The first operand that can tell
+// decides; one that is broadcast along either cannot.
+int lies_outside(const Placed& first, const Placed& second, const at::DimVector& sizes, int64_t a, int64_t b) {
+  for (const Placed* operand : {&first, &second}) {
+    const int64_t along_a = stride_along(*operand, sizes, a);
+    const int64_t along_b = stride_along(*operand, sizes, b);
+    if (along_a == 0 || along_b == 0) {
+      continue;
+    }
+    if (along_a != along_b) {
+      return along_a < along_b ? -1 : 1;
+    }
+    if (sizes[a] > sizes[b]) {
+      return 1;
     }
   }
-  return true;
+  return 0;
+}
+
+Placed placed(const Placed& a, const Placed& b) {
+  Placed result;
+  result.sizes = a.sizes == b.sizes ? a.sizes : at::infer_size_dimvector(a.sizes, b.sizes);
+  const int64_t ndim = result.sizes.size();
+  // Innermost first; an insertion sort, since not every pair can be told apart.
+  at::DimVector order;
+  for (int64_t dim = ndim - 1; dim >= 0; --dim) {
+    order.push_back(dim);
+  }
+  for (int64_t i = 1; i < ndim; ++i) {
+    int64_t moving = i;
+    for (int64_t before = i - 1; before >= 0; --before) {
+      const int outside = lies_outside(a, b, result.sizes, order[before], order[moving]);
+      if (outside > 0) {
+        std::swap(order[before], order[moving]);
+        moving = before;
+      } else if (outside < 0) {
+        break;
+      }
+    }
+  }
+  result.strides.resize(ndim);
+  int64_t stride = 1;
+  for (const int64_t dim : order) {
+    result.strides[dim] = stride;
+    stride *= std::max<int64_t>(result.sizes[dim], 1);
+  }
+  return result;
+}
+
+Placed operator*(const Placed& a, const Placed& b) {
+  return placed(a, b);
+}
+
+Placed operator+(const Placed& a, const Placed& b) {
+  return placed(a, b);
+}
+
+Placed multiply_add(const Placed& a, const Placed& b, const Placed& c) {
+  return a * b + c;
+}
+
+Placed add_product(const Placed& input, const Placed& a, const Placed& b, const Placed&) {
+  return input + a * b;
+}
+
+Placed add_scaled(const Placed& input, const Placed& other, const Placed&) {
+  return input + other;
+}
+
+} // namespace placement
+
+namespace {
+
+using placement::Placed;
+
+bool operands_fit_into(const Call& call, at::IntArrayRef sizes) {
+  bool fit = true;
+  each_tensor(call, [&](const at::Tensor& operand, int) {
+    fit = fit && (operand.sizes() == sizes || at::is_expandable_to(operand.sizes(), sizes));
+  });
+  return fit;
 }
 
 } // namespace
@@ -98,20 +191,18 @@ ResultLayout result_layout(const Call& call) {
   const at::Tensor& input = *call.input;
   ResultLayout layout;
   layout.dtype = result_dtype(call);
-  layout.sizes = input.sizes();
-  each_tensor(call, [&](const at::Tensor& operand, int) {
-    if (operand.sizes() != at::IntArrayRef(layout.sizes)) {
-      layout.sizes = at::infer_size_dimvector(layout.sizes, operand.sizes());
-    }
-  });
-  // Every formula's last step has the input, or what has the input's layout, as its first operand: a full one decides alone.
-  if (input.sizes() != at::IntArrayRef(layout.sizes) || !decides_order(input)) {
-    layout.strides = meta_result(call).strides();
-  } else if (input.is_non_overlapping_and_dense()) {
+  // Every formula's last step has the input, or what is laid out as it is, as its first operand: a dense one that is not broadcast
+  // decides alone.
+  if (input.is_non_overlapping_and_dense() && operands_fit_into(call, input.sizes())) {
+    layout.sizes = input.sizes();
     layout.strides = input.strides();
-  } else {
-    layout.strides = at::infer_dense_strides(input.sizes(), input.strides());
+    return layout;
   }
+  with_op(call.op, [&]<class Op>(Op) {
+    const Placed result = Op::template result<Placed>(input, call.operands[0], call.operands[1], call.parameter);
+    layout.sizes = result.sizes;
+    layout.strides = result.strides;
+  });
   return layout;
 }
 
