@@ -228,8 +228,8 @@ bool OpNode::take_saved(BackwardCall& call, int factor) {
   if (value.scalar_type() != call.grad.scalar_type() || value.sizes() != call.grad.sizes() || !may_overwrite_saved(value)) {
     return false;
   }
-  if (value.requires_grad()) {
-    value = value.variable_data(); // what is written there has not its history
+  if (value.requires_grad() || value.is_view()) {
+    value = value.variable_data(); // what is written there has not its history, and is no part of anything
   }
   return true;
 }

@@ -185,12 +185,6 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
   }
 }
 
-bool may_overwrite_saved(const at::Tensor& saved, size_t handles) {
-  const bool has_object = saved.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
-  return !c10::GradMode::is_enabled() && graph_is_released() && is_sole_owner(saved, handles + (has_object ? 1 : 0)) &&
-         readers_are_ordered(saved.device()) && hide_from_python(saved);
-}
-
 bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles) {
   return !c10::GradMode::is_enabled() && !tensor.requires_grad() && graph_is_released() && is_sole_owner(tensor, handles) &&
          readers_are_ordered(tensor.device());
@@ -272,6 +266,31 @@ void own_view(const at::Tensor& tensor) {
   }
 }
 
+namespace {
+
+// Whether the handles are the last ones on the tensor and its memory, or, of a view, the only ones beside a base that nobody else can
+// reach: then nobody can from now on.
+bool nobody_else_sees(const at::Tensor& tensor, size_t handles) {
+  if (!tensor.is_view()) {
+    return is_sole_owner(tensor, handles);
+  }
+  const pybind11::gil_scoped_acquire gil;
+  const auto* meta = recorded_view(tensor);
+  if (meta == nullptr || tensor.use_count() != handles || why_a_view(tensor, *meta)) {
+    return false;
+  }
+  const at::Tensor& base = meta->get_backward_view().base_;
+  return has_kernel(base) && is_own_allocation(base) && hide_from_python(base);
+}
+
+} // namespace
+
+bool may_overwrite_saved(const at::Tensor& saved, size_t handles) {
+  const bool has_object = saved.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
+  return !c10::GradMode::is_enabled() && graph_is_released() && readers_are_ordered(saved.device()) &&
+         nobody_else_sees(saved, handles + (has_object ? 1 : 0)) && hide_from_python(saved);
+}
+
 bool may_take_over(const at::Tensor& temporary) {
   // On other devices a reader on another stream may be on its way, and nothing here would know.
   if (!temporary.is_cpu() || temporary.storage_offset() != 0 || temporary.weak_use_count() != 1 || left_with(temporary) ||
@@ -282,16 +301,7 @@ bool may_take_over(const at::Tensor& temporary) {
   if (temporary.storage().nbytes() != static_cast<size_t>(temporary.numel()) * temporary.element_size()) {
     return false;
   }
-  if (!temporary.is_view()) {
-    return is_sole_owner(temporary);
-  }
-  const pybind11::gil_scoped_acquire gil;
-  const auto* meta = recorded_view(temporary);
-  if (meta == nullptr || temporary.use_count() != 1 || why_a_view(temporary, *meta)) {
-    return false;
-  }
-  const at::Tensor& base = meta->get_backward_view().base_;
-  return has_kernel(base) && is_own_allocation(base) && hide_from_python(base);
+  return nobody_else_sees(temporary, /*handles=*/1);
 }
 
 void leave_view(const at::Tensor& tensor) {

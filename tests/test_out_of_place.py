@@ -291,13 +291,18 @@ class TestMemory:
                 op.functional(x, *operands)
             assert len(memory.allocations(self.SIZE)) == 1
 
+    @pytest.mark.parametrize("view", [False, True], ids=["tensor", "view"])
     @pytest.mark.parametrize("call", CALLS)
-    def test_backward_takes_a_temporary_that_it_saved(self, call):
-        """A branch that only the graph holds, with a trained vector: its gradient is written over it."""
+    def test_backward_takes_a_temporary_that_it_saved(self, call, view):
+        """A branch that only the graph holds, with a trained vector: its gradient is written over it. So F.linear's view."""
         leaf = torch.randn(self.SHAPE, requires_grad=True)
         vector = torch.randn(self.SHAPE[1], requires_grad=True)
-        result = CALLS[call](leaf * 1, vector, torch.randn(self.SHAPE))
-        upstream = torch.randn(self.SHAPE)
+        other = torch.randn(self.SHAPE)
+        if view:
+            result = CALLS[call]((leaf * 1).view(2, -1, self.SHAPE[1]), vector, other.view(2, -1, self.SHAPE[1]))
+        else:
+            result = CALLS[call](leaf * 1, vector, other)
+        upstream = torch.randn(result.shape)
         with Memory() as memory:
             torch.autograd.grad(result, [leaf, vector], upstream)
         assert len(memory.allocations(self.SIZE)) == 1  # (leaf * 1)'s own gradient
