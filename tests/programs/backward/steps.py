@@ -324,7 +324,13 @@ class Op(Building):
     def choose_target(generator):
         rng = generator.rng
         careless = rng.random() < 0.02
-        target = generator.pick(lambda v: careless or (v.writable and not (v.leaf and v.requires_grad)))
+
+        def refused(v):
+            """By torch. Not a gradient that was given or returned: torch hands one on as it is, so that others see the write."""
+            root = v if v.viewed is None else generator.known[v.viewed]
+            return v.requires_grad and (root.leaf or (v.viewed is not None and root.writable))
+
+        target = generator.pick(lambda v: (careless and refused(v)) or (v.writable and not (v.leaf and v.requires_grad)))
         if target is not None and rng.random() >= 0.5:
             return target
         leaf = generator.trained() if rng.random() < 0.5 else None
