@@ -10,7 +10,6 @@
 
 #include <pybind11/gil_safe_call_once.h>
 
-#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>

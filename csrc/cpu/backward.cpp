@@ -347,22 +347,7 @@ struct BackwardPass {
     block.target_stride = gradient.copied ? block.n : row_stride;
     row_table().backward[int(plan.dtype)][kind][gradient.target](block);
     if (gradient.copied) {
-      const int64_t size = dtype_size[int(out.dtype)];
-      const int64_t stored = dtype_size[int(gradient.narrowed ? plan.dtype : out.dtype)];
-      char* const rounded = buffer + block.rows * block.n * stored; // one row
-      for (int64_t row = 0; row < block.rows; ++row) {
-        const char* from = buffer + row * block.n * stored;
-        char* const to = data + row * row_stride * size;
-        if (gradient.narrowed) {
-          const bool adjacent = out.strides[0] == 1;
-          row_table().narrow[int(out.dtype)](from, adjacent ? to : rounded, block.n);
-          if (adjacent) {
-            continue;
-          }
-          from = rounded;
-        }
-        copy_strided(out.dtype, to, out.strides[0], from, 1, block.n);
-      }
+      write_block(plan.shape, out, plan.dtype, index, block.rows, block.n, buffer);
     }
   }
 

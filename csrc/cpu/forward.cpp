@@ -261,13 +261,32 @@ struct ForwardPass {
            (input ? Scratch::aligned(input->bytes) : 0) + (copy_result ? copied_bytes : 0) + (copy_kept ? copied_bytes : 0);
   }
 
+  void bound(ForwardBlock& block, const Index& index, int64_t left) const;
   void run(int64_t begin, int64_t end, char* scratch) const;
 };
+
+// How many rows of how many elements come next, of those that are left.
+void ForwardPass::bound(ForwardBlock& block, const Index& index, int64_t left) const {
+  const int64_t inner = plan.shape.sizes[0];
+  const int64_t to_row_end = inner - index[0];
+  block.rows = 1;
+  if (walk.short_rows) {
+    // Whole rows, so that what is periodic always starts at the same phase.
+    block.n = std::min(left, index[0] == 0 ? kBlock / inner * inner : to_row_end);
+  } else if (limited) {
+    block.n = std::min({left, to_row_end, kBlock});
+  } else if (index[0] == 0 && left > inner && plan.shape.ndim > 1) {
+    const int64_t rows = std::min(left / inner, plan.shape.sizes[1] - index[1]);
+    block.n = inner * std::min(rows, walk.stack);
+    block.rows = std::clamp<int64_t>(rows / walk.stack, 1, kBlock);
+  } else {
+    block.n = std::min(left, to_row_end);
+  }
+}
 
 // Over the elements [begin, end) in the plan's order.
 void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
   const Shape& shape = plan.shape;
-  const int64_t inner = shape.sizes[0];
   const auto next_buffer = [&](int64_t bytes) {
     char* const buffer = scratch;
     scratch += Scratch::aligned(bytes);
@@ -293,21 +312,7 @@ void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
 
   for (int64_t at = begin; at < end; at += block.rows * block.n) {
     const Index index = index_of(shape, at);
-    const int64_t left = end - at;
-    const int64_t to_row_end = inner - index[0];
-    block.rows = 1;
-    if (walk.short_rows) {
-      // Whole rows, so that what is periodic always starts at the same phase.
-      block.n = std::min(left, index[0] == 0 ? kBlock / inner * inner : to_row_end);
-    } else if (limited) {
-      block.n = std::min({left, to_row_end, kBlock});
-    } else if (index[0] == 0 && left > inner && shape.ndim > 1) {
-      const int64_t rows = std::min(left / inner, shape.sizes[1] - index[1]);
-      block.n = inner * std::min(rows, walk.stack);
-      block.rows = std::clamp<int64_t>(rows / walk.stack, 1, kBlock);
-    } else {
-      block.n = std::min(left, to_row_end);
-    }
+    bound(block, index, end - at);
     for (int i = 0; i < 2; ++i) {
       block.operands[i] = own[i].at(shape, index, walk, block.rows, block.n, block.operand_strides[i]);
     }

@@ -76,6 +76,27 @@ const char* read_block(const Shape& shape, const Arg& arg, DType dtype, const In
   return buffer;
 }
 
+void write_block(const Shape& shape, const Arg& arg, DType dtype, const Index& index, int64_t rows, int64_t n, char* buffer) {
+  char* const data = address(arg, offset_of(shape, arg, index));
+  const int64_t row_stride = shape.ndim > 1 ? arg.strides[1] : 0;
+  const bool narrower = is_narrower(arg.dtype, dtype);
+  const bool adjacent = arg.strides[0] == 1;
+  const int64_t size = dtype_size[int(arg.dtype)];
+  const int64_t wide = narrower ? dtype_size[int(dtype)] : size;
+  char* const staged = buffer + rows * n * wide; // one row
+  for (int64_t row = 0; row < rows; ++row) {
+    const char* from = buffer + row * n * wide;
+    char* const to = data + row * row_stride * size;
+    if (narrower) {
+      row_table().narrow[int(arg.dtype)](from, adjacent ? to : staged, n);
+      from = staged;
+    }
+    if (!narrower || !adjacent) {
+      copy_strided(arg.dtype, to, arg.strides[0], from, 1, n);
+    }
+  }
+}
+
 int64_t block_bytes(const Arg& arg, DType dtype, int64_t elements) {
   const int64_t size = dtype_size[int(arg.dtype)];
   return elements * (is_narrower(arg.dtype, dtype) ? dtype_size[int(dtype)] + size : size);

@@ -120,7 +120,10 @@ inline char* address(const Arg& arg, int64_t offset) {
 const char* read_block(const Shape& shape, const Arg& arg, DType dtype, const Index& index, int64_t rows, int64_t n, char* buffer,
                        int64_t& stride);
 
-// What read_block needs of a buffer for that many elements.
+// The other way: rows of n elements in the buffer, narrowed where the tensor is narrower than the dtype.
+void write_block(const Shape& shape, const Arg& arg, DType dtype, const Index& index, int64_t rows, int64_t n, char* buffer);
+
+// What these need of a buffer for that many elements.
 int64_t block_bytes(const Arg& arg, DType dtype, int64_t elements);
 
 // What does not vary along a row: its values for some rows, in the arithmetic dtype.
