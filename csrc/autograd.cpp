@@ -88,7 +88,7 @@ bool must_record(const Call& call) {
 }
 
 // The node with its edges and with the operands that backward reads.
-NodePtr<OpNode> record(const Call& call) {
+NodePtr<OpNode> make_node_for(const Call& call) {
   NodePtr<OpNode> node = make_node_of(call.op, call.form);
   node->parameter = call.parameter;
   node->add_next_edge(torch::autograd::impl::gradient_edge(*call.input));
@@ -124,16 +124,44 @@ at::Tensor kept_by_operator(const Call& call, at::ScalarType dtype) {
   return sum.scalar_type() == dtype ? sum : sum.to(dtype); // which would be seen to return its input
 }
 
-// The memory that the kernel will write the kept value to; or the value itself, where somebody looks at it before that: a hook,
-// or a mode that sees operators by their names.
-at::Tensor save_kept(const Call& call, OpNode& node, bool ahead) {
+// What backward reads of a call besides its operands: the input of an out-of-place call as it is; else the memory that the kernel
+// will write the kept value to, which is returned, or the value itself, where somebody looks at it before that: a hook, or a mode
+// that sees operators by their names.
+at::Tensor save_kept(const Call& call, const Prepared& prepared, OpNode& node, bool ahead) {
+  SavedVariable& saved = node.saved[int(Factor::Kept)];
+  const bool in_place = call.form == Form::InPlace;
+  if (!in_place && call.info().kept == Kept::Input) {
+    saved = SavedVariable(*call.input, /*is_output=*/false);
+    return at::Tensor();
+  }
   at::Tensor kept;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    kept = ahead ? kept_by_operator(call, call.input->scalar_type()) : at::empty_like(*call.input);
+    kept = ahead      ? kept_by_operator(call, in_place ? call.input->scalar_type() : prepared.result->dtype)
+           : in_place ? at::empty_like(*call.input)
+                      : make_fresh(*prepared.result, call.input->device());
   }
-  node.saved[int(Factor::Kept)] = SavedVariable(kept, /*is_output=*/false);
+  saved = SavedVariable(kept, /*is_output=*/false);
   return ahead ? at::Tensor() : kept;
+}
+
+struct Recorded {
+  NodePtr<OpNode> node;
+  at::Tensor kept; // for the kernel to write, where it does
+};
+
+// Everything that can fail comes before the write: what is saved is saved here, the kept value too.
+Recorded record(const Call& call, const Prepared& prepared, bool listener) {
+  const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+  const auto before = hooks ? std::make_optional<Undisturbed>(call) : std::nullopt;
+  Recorded recorded{make_node_for(call), {}};
+  if (recorded.node->needs(Factor::Kept)) {
+    recorded.kept = save_kept(call, prepared, *recorded.node, hooks || listener || prepared.by != Prepared::By::Kernel);
+  }
+  if (hooks) {
+    before->check();
+  }
+  return recorded;
 }
 
 } // namespace
@@ -154,21 +182,9 @@ void write_with_autograd(c10::DispatchKeySet keys, const Call& call, WriteBelow 
     }
     return write_checked_by_fallback(call);
   }
-  // Record. Everything that can fail comes before the write: what is saved is saved here, the kept value too.
+  // Record.
   const bool listener = c10::impl::TorchDispatchModeTLS::any_modes_set();
-  NodePtr<OpNode> node;
-  at::Tensor kept;
-  if (records) {
-    const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
-    const auto before = hooks ? std::make_optional<Undisturbed>(call) : std::nullopt;
-    node = record(call);
-    if (node->needs(Factor::Kept)) {
-      kept = save_kept(call, *node, hooks || listener || prepared.by != Prepared::By::Kernel);
-    }
-    if (hooks) {
-      before->check();
-    }
-  }
+  auto [node, kept] = records ? record(call, prepared, listener) : Recorded();
   // Run.
   if (listener) {
     const at::AutoDispatchBelowAutograd guard;
@@ -188,23 +204,6 @@ void write_with_autograd(c10::DispatchKeySet keys, const Call& call, WriteBelow 
 }
 
 namespace {
-
-// What backward reads of an out-of-place call besides its operands: the input as it is, or the memory that the kernel will write
-// the kept value to.
-at::Tensor save_kept_out_of_place(const Call& call, const Prepared& prepared, OpNode& node, bool ahead) {
-  SavedVariable& saved = node.saved[int(Factor::Kept)];
-  if (call.info().kept == Kept::Input) {
-    saved = SavedVariable(*call.input, /*is_output=*/false);
-    return at::Tensor();
-  }
-  at::Tensor kept;
-  {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    kept = ahead ? kept_by_operator(call, prepared.result->dtype) : make_fresh(*prepared.result, call.input->device());
-  }
-  saved = SavedVariable(kept, /*is_output=*/false);
-  return ahead ? at::Tensor() : kept;
-}
 
 // The operand whose memory becomes the result's: a temporary, of the result's layout, that nobody sees any more. What has been
 // saved somebody sees. Which it was, or why none, is counted.
@@ -251,19 +250,7 @@ at::Tensor call_with_autograd(c10::DispatchKeySet keys, const Call& call, CallBe
   }
   // Record.
   const bool listener = c10::impl::TorchDispatchModeTLS::any_modes_set();
-  NodePtr<OpNode> node;
-  at::Tensor kept;
-  if (records) {
-    const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
-    const auto before = hooks ? std::make_optional<Undisturbed>(call) : std::nullopt;
-    node = record(call);
-    if (node->needs(Factor::Kept)) {
-      kept = save_kept_out_of_place(call, prepared, *node, hooks || listener || prepared.by != Prepared::By::Kernel);
-    }
-    if (hooks) {
-      before->check();
-    }
-  }
+  auto [node, kept] = records ? record(call, prepared, listener) : Recorded();
   // Run.
   at::Tensor result;
   if (listener) {

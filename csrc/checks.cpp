@@ -76,13 +76,12 @@ void check_allocated(const Call& call) {
 }
 
 void check_memory(const Call& call) {
+  check_allocated(call);
   const at::Tensor& input = *call.input;
-  check_allocated(input, call.name(), "argument", "input");
   TORCH_CHECK(!overlaps_itself(input),
               "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
               "Please clone() the tensor before performing the operation.");
-  each_tensor(call, [&](const at::Tensor& tensor, int i) {
-    check_allocated(tensor, call.name(), "argument", call.info().operand_names[i]);
+  each_tensor(call, [&](const at::Tensor& tensor, int) {
     if (share_storage(input, tensor) && !tensor.is_same(input)) {
       at::assert_no_partial_overlap(input, tensor);
     }

@@ -162,14 +162,18 @@ void write_result(const at::Tensor& input, const at::Tensor& result) {
   input.copy_(result);
 }
 
+at::Tensor formula(const Call& call, const at::Tensor& input) {
+  at::Tensor result;
+  with_op(call.op, [&]<class Op>(Op) {
+    result = Op::template result<Value>(input, call.operands[0], call.operands[1], call.parameter).tensor;
+  });
+  return result;
+}
+
 void write_out_of_place(const Call& call, bool gradient) {
   // Autograd may save it.
   const bool saved = gradient && call.info().kept == Kept::Input;
-  const at::Tensor input = aten::widened(saved ? call.input->clone() : *call.input);
-  with_op(call.op, [&]<class Op>(Op) {
-    const Value result = Op::template result<Value>(input, call.operands[0], call.operands[1], call.parameter);
-    write_result(*call.input, result.tensor);
-  });
+  write_result(*call.input, formula(call, aten::widened(saved ? call.input->clone() : *call.input)));
 }
 
 void write_in_place(const Call& call, const at::Tensor& target) {
@@ -226,32 +230,24 @@ void write(const Call& original, bool dense) {
   }
 }
 
-// The formula's steps round to their own dtypes: its operands are widened where the result is to be rounded once.
-at::Tensor evaluate(const Call& original, bool widens) {
-  Call call = original;
-  at::Tensor wide[3] = {*call.input};
-  if (widens) {
-    wide[0] = aten::widened(wide[0]);
-    each_tensor(original, [&](const at::Tensor& operand, int i) {
-      wide[i + 1] = aten::widened(operand);
-      call.operands[i].tensor = &wide[i + 1];
-    });
-  }
-  at::Tensor result;
-  with_op(call.op, [&]<class Op>(Op) {
-    result = Op::template result<Value>(wide[0], call.operands[0], call.operands[1], call.parameter).tensor;
-  });
-  return result;
+bool is_reduced(const at::Tensor& tensor) {
+  return opmath_type(tensor.scalar_type()) != tensor.scalar_type();
 }
 
 } // namespace
 
-at::Tensor result_by_fallback(const Call& call) {
-  if (!any_tensor(call, [](const at::Tensor& tensor) { return opmath_type(tensor.scalar_type()) != tensor.scalar_type(); })) {
-    return evaluate(call, /*widens=*/false);
+at::Tensor result_by_fallback(const Call& original) {
+  if (original.info().torch_method == TorchMethod::ForAnyOperands || !any_tensor(original, is_reduced)) {
+    return formula(original, *original.input);
   }
-  const bool one_step = call.info().torch_method == TorchMethod::ForAnyOperands;
-  return one_step ? evaluate(call, /*widens=*/false) : evaluate(call, /*widens=*/true).to(result_dtype(call));
+  // Several steps, which would each round to its own dtype.
+  Call call = original;
+  at::Tensor wide[2];
+  each_tensor(original, [&](const at::Tensor& operand, int i) {
+    wide[i] = aten::widened(operand);
+    call.operands[i].tensor = &wide[i];
+  });
+  return formula(call, aten::widened(*original.input)).to(result_dtype(original));
 }
 
 void write_by_fallback(const Call& call, bool dense) {

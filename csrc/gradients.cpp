@@ -29,6 +29,21 @@ void check_factors(const BackwardCall& call) {
 
 namespace {
 
+Main main_of(const at::Tensor& grad, DType dtype) {
+  return {grad.device(), grad.scalar_type(), dtype, grad.dim()};
+}
+
+} // namespace
+
+at::ScalarType stored_dtype(const at::Tensor& grad, at::ScalarType own) {
+  DType dtype, operand;
+  const bool fits =
+      kernel_dtype(grad.scalar_type(), dtype) && kernel_dtype(own, operand) && fits_beside(operand, main_of(grad, dtype));
+  return fits ? own : opmath_type(grad.scalar_type());
+}
+
+namespace {
+
 // The gradient that is to be computed, and what it is multiplied by. False where no kernel takes them.
 bool place_gradient(const BackwardCall& call, int i, const Main& main, BackwardPlan& plan, Layout& layout) {
   const at::Tensor& out = call.grads[i];
@@ -57,7 +72,7 @@ bool plan_backward(const BackwardCall& call, BackwardPlan& plan) {
     return false;
   }
   plan.op = call.op;
-  const Main main{grad.device(), grad.scalar_type(), plan.dtype, grad.dim()};
+  const Main main = main_of(grad, plan.dtype);
   Layout layout(grad.sizes());
   layout.add(plan.grad, grad, const_cast<void*>(grad.const_data_ptr()), plan.dtype);
   bool placed[3] = {false, false, false};

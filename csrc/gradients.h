@@ -32,6 +32,9 @@ struct BackwardCall {
 // What a hook or an assignment to `.data` has put in the place of what was saved must fit the gradient as it did then.
 void check_factors(const BackwardCall& call);
 
+// The dtype in which a kernel stores a gradient of an operand: the operand's where it can, else that of the arithmetic.
+at::ScalarType stored_dtype(const at::Tensor& grad, at::ScalarType own);
+
 // Computes the gradients that are defined into their memory. False where no kernel covers the call; nothing is written then.
 bool run_backward(const BackwardCall& call);
 

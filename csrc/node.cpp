@@ -246,10 +246,7 @@ bool OpNode::others_read(int factor, int position) const {
 }
 
 at::Tensor OpNode::fresh_gradient(int position, const at::Tensor& grad) const {
-  const at::ScalarType own = shapes[position].dtype;
-  const at::ScalarType dtype = grad.scalar_type();
-  const bool narrowed = dtype == at::kFloat && opmath_type(own) == at::kFloat && backend_of(grad.device().type())->takes_narrower;
-  const auto options = grad.options().dtype(own == dtype || narrowed ? own : opmath_type(dtype));
+  const auto options = grad.options().dtype(stored_dtype(grad, shapes[position].dtype));
   return sizes_of(position) == grad.sizes() ? at::empty_like(grad, options) : at::empty(sizes_of(position), options);
 }
 

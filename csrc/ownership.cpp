@@ -286,9 +286,15 @@ bool nobody_else_sees(const at::Tensor& tensor, size_t handles) {
 } // namespace
 
 bool may_overwrite_saved(const at::Tensor& saved, size_t handles) {
-  const bool has_object = saved.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
-  return !c10::GradMode::is_enabled() && graph_is_released() && readers_are_ordered(saved.device()) &&
-         nobody_else_sees(saved, handles + (has_object ? 1 : 0)) && hide_from_python(saved);
+  if (c10::GradMode::is_enabled() || !graph_is_released() || !readers_are_ordered(saved.device())) {
+    return false;
+  }
+  if (saved.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() == nullptr) {
+    return nobody_else_sees(saved, handles);
+  }
+  // Its Python object holds another handle. Nobody finds it between the first question and the last.
+  const pybind11::gil_scoped_acquire gil;
+  return is_forgotten_by_python(saved) && nobody_else_sees(saved, handles + 1) && hide_from_python(saved);
 }
 
 bool may_take_over(const at::Tensor& temporary) {

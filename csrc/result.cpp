@@ -14,11 +14,20 @@
 
 namespace safe_inplace {
 
-// The op table's formulas over dtypes. Not in an unnamed namespace: the formulas find these operators by the namespace of their
-// arguments.
-namespace promotion {
+namespace {
 
-struct Typed {
+// The op table's formulas over what a result is like: each of their steps is a sum or a product of two, and both look the same.
+template <class V>
+struct OfSteps {
+  friend V operator*(const V& a, const V& b) { return of_two(a, b); }
+  friend V operator+(const V& a, const V& b) { return of_two(a, b); }
+  friend V multiply_add(const V& a, const V& b, const V& c) { return a * b + c; }
+  friend V add_product(const V& input, const V& a, const V& b, const V&) { return input + a * b; }
+  friend V add_scaled(const V& input, const V& other, const V&) { return input + other; }
+};
+
+// Its dtype.
+struct Typed : OfSteps<Typed> {
   at::ScalarType dtype;
   bool has_dims = false;
   bool is_number = false;
@@ -39,7 +48,7 @@ void put(const Typed& value, at::native::ResultTypeState& state) {
   of_its_kind = of_its_kind == at::ScalarType::Undefined ? value.dtype : c10::promoteTypes(of_its_kind, value.dtype);
 }
 
-Typed promoted(const Typed& a, const Typed& b) {
+Typed of_two(const Typed& a, const Typed& b) {
   at::native::ResultTypeState state = {};
   put(a, state);
   put(b, state);
@@ -50,29 +59,7 @@ Typed promoted(const Typed& a, const Typed& b) {
   return result;
 }
 
-Typed operator*(const Typed& a, const Typed& b) {
-  return promoted(a, b);
-}
-
-Typed operator+(const Typed& a, const Typed& b) {
-  return promoted(a, b);
-}
-
-Typed multiply_add(const Typed& a, const Typed& b, const Typed& c) {
-  return a * b + c;
-}
-
-Typed add_product(const Typed& input, const Typed& a, const Typed& b, const Typed&) {
-  return input + a * b;
-}
-
-Typed add_scaled(const Typed& input, const Typed& other, const Typed&) {
-  return input + other;
-}
-
-} // namespace promotion
-
-using promotion::Typed;
+} // namespace
 
 at::ScalarType result_dtype(const Call& call) {
   at::ScalarType dtype = at::ScalarType::Undefined;
@@ -82,10 +69,10 @@ at::ScalarType result_dtype(const Call& call) {
   return dtype;
 }
 
-// The same over sizes and strides, as TensorIterator lays a result out.
-namespace placement {
+namespace {
 
-struct Placed {
+// Its sizes and strides, as TensorIterator lays a result out.
+struct Placed : OfSteps<Placed> {
   at::DimVector sizes;
   at::DimVector strides; // empty: a number
 
@@ -121,7 +108,7 @@ int lies_outside(const Placed& first, const Placed& second, const at::DimVector&
   return 0;
 }
 
-Placed placed(const Placed& a, const Placed& b) {
+Placed of_two(const Placed& a, const Placed& b) {
   Placed result;
   result.sizes = a.sizes == b.sizes ? a.sizes : at::infer_size_dimvector(a.sizes, b.sizes);
   const int64_t ndim = result.sizes.size();
@@ -150,32 +137,6 @@ Placed placed(const Placed& a, const Placed& b) {
   }
   return result;
 }
-
-Placed operator*(const Placed& a, const Placed& b) {
-  return placed(a, b);
-}
-
-Placed operator+(const Placed& a, const Placed& b) {
-  return placed(a, b);
-}
-
-Placed multiply_add(const Placed& a, const Placed& b, const Placed& c) {
-  return a * b + c;
-}
-
-Placed add_product(const Placed& input, const Placed& a, const Placed& b, const Placed&) {
-  return input + a * b;
-}
-
-Placed add_scaled(const Placed& input, const Placed& other, const Placed&) {
-  return input + other;
-}
-
-} // namespace placement
-
-namespace {
-
-using placement::Placed;
 
 bool operands_fit_into(const Call& call, at::IntArrayRef sizes) {
   bool fit = true;
