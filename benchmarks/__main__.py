@@ -14,8 +14,11 @@ import os
 import random
 import shlex
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Generic, TypeVar
 
 # The profiler, which counts the memory, announces each of its sessions otherwise, and what was allocated before them.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -31,6 +34,8 @@ from . import calls, compare, models, report, results
 from .cases import LAYOUTS, MODES, Case, default_cases, full_cases, target_cases
 from .results import Row
 from .runner import Effort, run
+
+R = TypeVar("R", Row, compare.Compared)
 
 COMMANDS = ("run", "compare", "targets", "report", "calls")
 SIZES = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -114,29 +119,45 @@ def progress_of(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def measure(cases: list[Case], stacks: list, options: argparse.Namespace, console: Console) -> list[Row]:
-    effort = Effort(options.rounds, options.seconds, not options.no_compile)
-    device = torch.device(options.device)
-    rows: list[Row] = []
+@dataclass
+class Gathered(Generic[R]):
+    rows: list[R] = field(default_factory=list)
+    done: int = 0
+    failure: compare.BuildFailed | None = None
+
+
+def gather(
+    found: Iterable[list[R]], total: int, title: str, options: argparse.Namespace, console: Console
+) -> Gathered[R]:
+    """The rows of each case, until all are there, the time is up, a build fails or somebody interrupts."""
+    gathered = Gathered[R]()
+    why = ""
+    began = perf_counter()
     with progress_of(console) as progress:
-        total = len(cases) + len(stacks)
-        task = progress.add_task("warming up", total=total)
-        began = perf_counter()
-        done, why = 0, ""
+        task = progress.add_task(title, total=total)
         try:
-            for found in run(cases, stacks, device, effort, full=getattr(options, "full", False)):
-                rows += found
-                done += 1
-                progress.update(task, advance=1, description=f"{found[0].op:12s} {found[0].layout}")
+            for rows in found:
+                gathered.rows += rows
+                gathered.done += 1
+                progress.update(task, advance=1, description=f"{rows[-1].op:12s} {rows[-1].layout}")
                 if options.within and perf_counter() - began > options.within:
                     why = "the time is up"
                     break
         except KeyboardInterrupt:
             # What hours have measured is worth keeping.
             why = "interrupted"
-        if done < total:
-            console.print(f"[bold red]{total - done} of {total} were not measured: {why}[/]")
-    return rows
+        except compare.BuildFailed as failed:
+            gathered.failure, why = failed, str(failed)
+    if gathered.done < total:
+        console.print(f"[bold red]{total - gathered.done} of {total} were not measured: {why}[/]")
+    return gathered
+
+
+def measure(cases: list[Case], stacks: list, options: argparse.Namespace, console: Console) -> list[Row]:
+    effort = Effort(options.rounds, options.seconds, not options.no_compile)
+    device = torch.device(options.device)
+    found = run(cases, stacks, device, effort, full=getattr(options, "full", False))
+    return gather(found, len(cases) + len(stacks), "warming up", options, console).rows
 
 
 def compare_builds(arguments: list[str], options: argparse.Namespace, console: Console) -> int:
@@ -146,31 +167,17 @@ def compare_builds(arguments: list[str], options: argparse.Namespace, console: C
     if options.serve:
         compare.serve(jobs, device, Effort(max(1, options.rounds // options.turns), options.seconds, compile=False))
         return 0
-    rows: list[compare.Compared] = []
-    began = perf_counter()
-    done, why, status = 0, "", 0
-    with compare.builds(options.base, arguments) as (new, base), progress_of(console) as progress:
+    with compare.builds(options.base, arguments) as (new, base):
         about = {k: v for k, v in new.about.items() if k not in ("package", "lacks")}
         about |= {"base": compare.name_of(options.base), "base_extension": base.about["extension"]}
         about["command"] = shlex.join(["python", "-m", "benchmarks", *arguments])
         lacks = {*new.about["lacks"], *base.about["lacks"]}
         wanted = [job for job in range(len(jobs)) if job not in lacks]
-        task = progress.add_task("comparing", total=len(wanted))
-        try:
-            for job in wanted:
-                rows += compare.in_turns(new, base, job, options.turns)
-                done += 1
-                progress.update(task, advance=1, description=f"{rows[-1].op:12s} {rows[-1].layout}")
-                if options.within and perf_counter() - began > options.within:
-                    why = "the time is up"
-                    break
-        except KeyboardInterrupt:
-            why = "interrupted"
-        except compare.BuildFailed as failed:
-            why, status = str(failed), 1
-    if done < len(wanted):
-        about["measured"] = f"{done} of {len(wanted)} cases"
-        console.print(f"[bold red]{len(wanted) - done} of {len(wanted)} were not measured: {why}[/]")
+        found = (compare.in_turns(new, base, job, options.turns) for job in wanted)
+        gathered = gather(found, len(wanted), "comparing", options, console)
+    rows = gathered.rows
+    if gathered.done < len(wanted):
+        about["measured"] = f"{gathered.done} of {len(wanted)} cases"
     if lacks:
         console.print(f"{len(lacks)} are of ops that one of the builds does not have")
     if not rows:
@@ -182,7 +189,7 @@ def compare_builds(arguments: list[str], options: argparse.Namespace, console: C
         results.write(options.output, about, rows)
         console.print(f"written: {options.output}")
     console.print(compare.summary(rows))
-    return status
+    return 0 if gathered.failure is None else 1
 
 
 def main(arguments: list[str]) -> int:

@@ -30,25 +30,19 @@ from .cases import Case
 from .implementations import OURS
 from .models import Model
 from .report import bytes_text, seconds_text
-from .results import ROOT, Row, commit, provenance
+from .results import ROOT, Measured, Row, commit, provenance
 from .runner import Effort, Reference, run_case, run_model
 
 Job = Case | Model
 
 
 @dataclass(frozen=True)
-class Compared:
+class Compared(Measured):
     """Seconds with either build, the medians of the turns; ratio is the median of new over base, low and high the ends.
 
     The rows of torch's own implementations show what the machine alone does to a ratio.
     """
 
-    op: str
-    layout: str
-    dtype: str
-    size: int
-    mode: str
-    implementation: str
     base: float
     new: float
     ratio: float

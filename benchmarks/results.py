@@ -28,8 +28,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
-class Row:
-    """Times in seconds, sizes in bytes. `copy` is the reference's bytes per second beside this very case."""
+class Measured:
+    """What a row of a result file is about."""
 
     op: str
     layout: str
@@ -37,6 +37,16 @@ class Row:
     size: int
     mode: str
     implementation: str
+
+    @property
+    def case(self) -> tuple:
+        return self.op, self.layout, self.dtype, self.size, self.mode
+
+
+@dataclass(frozen=True)
+class Row(Measured):
+    """Times in seconds, sizes in bytes. `copy` is the reference's bytes per second beside this very case."""
+
     p20: float
     p50: float
     p80: float
@@ -46,10 +56,6 @@ class Row:
     share: float | None
     peak: int | None
     saved: int | None
-
-    @property
-    def case(self) -> tuple:
-        return self.op, self.layout, self.dtype, self.size, self.mode
 
 
 def device_name(device: torch.device) -> str:

@@ -393,24 +393,29 @@ def test_compiled_refusals(op):
             assert refuses(op.function, input, operand)
 
 
+both_forms = pytest.mark.parametrize("form", ["function", "functional"], ids=["in place", "out of place"])
+
+
 class Module(torch.nn.Module):
-    def __init__(self, op):
+    def __init__(self, op, function):
         super().__init__()
-        self.op = op
+        self.function = function
+        self.names = op.operands
         self.linear = torch.nn.Linear(3, 3, dtype=torch.float64)
         # One by one: a strict export by torch 2.11 takes no list of parameters apart.
         for name in op.operands:
             setattr(self, name, torch.nn.Parameter(random_tensor((3,), torch.float64)))
 
     def forward(self, x):
-        return self.op.function(self.linear(x), *[getattr(self, name) for name in self.op.operands])
+        return self.function(self.linear(x), *[getattr(self, name) for name in self.names])
 
 
+@both_forms
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_export(op, strict):
+def test_export(op, strict, form):
     """Exported, decomposed and run: aten alone is left, and the numbers are eager's."""
-    module = Module(op)
+    module = Module(op, getattr(op, form))
     x = random_tensor((4, 3), torch.float64)
     rows = torch.export.Dim("rows", min=2)
     program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: rows}}, strict=strict)
@@ -438,14 +443,15 @@ def test_exported_mutation_of_an_input(op):
         close(ours, eager)
 
 
+@both_forms
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_make_fx(op):
+def test_make_fx(op, form):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     leaves = [t.detach() for t in leaves_of(op)]
 
     def f(x, *operands):
-        return op.function(x.clone(), *operands)
+        return getattr(op, form)(x.clone(), *operands)
 
     for mode in ("real", "fake", "symbolic"):
         graph = make_fx(f, tracing_mode=mode)(*leaves)
@@ -475,9 +481,10 @@ def test_jit_trace(op):
     close(traced(*leaves), f(*leaves))
 
 
+@both_forms
 @pytest.mark.parametrize("numbers", [False, True], ids=["tensors", "numbers"])
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_compiled_autograd(op, numbers):
+def test_compiled_autograd(op, numbers, form):
     """Our nodes are run by compiled autograd as by the engine, when sizes change as well, and their graph is released."""
     for rows in (4, 5, 6):
         input, *vectors = leaves_of(op, shape=(rows, 3))
@@ -485,7 +492,7 @@ def test_compiled_autograd(op, numbers):
         leaves = [input] if numbers else [input, *vectors]
 
         def total():
-            return op.function(input.sin(), *operands, **op.parameters(0.5)).pow(2).sum()
+            return getattr(op, form)(input.sin(), *operands, **op.parameters(0.5)).pow(2).sum()
 
         expected = torch.autograd.grad(total(), leaves)
         loss = total()
@@ -496,14 +503,15 @@ def test_compiled_autograd(op, numbers):
             loss.backward()
 
 
+@both_forms
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_compiled_autograd_of_mixed_dtypes_and_some_gradients(op):
+def test_compiled_autograd_of_mixed_dtypes_and_some_gradients(op, form):
     input = random_tensor((4, 3), torch.bfloat16).requires_grad_()
     operands = [random_tensor((3,), torch.float32).requires_grad_() for _ in op.operands]
     wanted = [input, operands[-1]]
 
     def total():
-        return op.function(input.sin(), *operands).float().sum()
+        return getattr(op, form)(input.sin(), *operands).float().sum()
 
     expected = torch.autograd.grad(total(), wanted)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
