@@ -68,21 +68,16 @@ void check_allocated(const at::Tensor& tensor, const char* op, const char* role,
               " bytes and its elements take ", needed, "; resize the storage before the call, or use a tensor that has memory");
 }
 
-void check_allocated(const Call& call) {
-  check_allocated(*call.input, call.name(), "argument", "input");
-  each_tensor(call, [&](const at::Tensor& tensor, int i) {
-    check_allocated(tensor, call.name(), "argument", call.info().operand_names[i]);
-  });
-}
-
 void check_memory(const Call& call) {
-  check_allocated(call);
   const at::Tensor& input = *call.input;
-  TORCH_CHECK(!overlaps_itself(input),
+  const bool written = call.form == Form::InPlace;
+  check_allocated(input, call.name(), "argument", "input");
+  TORCH_CHECK(!written || !overlaps_itself(input),
               "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
               "Please clone() the tensor before performing the operation.");
-  each_tensor(call, [&](const at::Tensor& tensor, int) {
-    if (share_storage(input, tensor) && !tensor.is_same(input)) {
+  each_tensor(call, [&](const at::Tensor& tensor, int i) {
+    check_allocated(tensor, call.name(), "argument", call.info().operand_names[i]);
+    if (written && share_storage(input, tensor) && !tensor.is_same(input)) {
       at::assert_no_partial_overlap(input, tensor);
     }
   });

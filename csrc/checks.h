@@ -19,9 +19,6 @@ void check_allocated(const at::Tensor& tensor, const char* op, const char* role,
 // The refusals that the layout and the memory of a call give reason for, where all its tensors are dense.
 void check_memory(const Call& call);
 
-// Refuses operands whose memory is gone.
-void check_allocated(const Call& call);
-
 // Whether reading the operand element by element beside writing the input gives what reading all of it first would.
 bool readable_in_place(const at::Tensor& input, const at::Tensor& operand);
 

@@ -91,7 +91,7 @@ Prepared prepare_out_of_place(const Call& call) {
   Prepared prepared;
   const at::Tensor& input = *call.input;
   ForwardPlan& plan = prepared.plan;
-  check_allocated(call);
+  check_memory(call);
   prepared.result = result_layout(call);
   const ResultLayout& result = *prepared.result;
   if (!takes_kernel(call, result.dtype, prepared)) {
