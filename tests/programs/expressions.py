@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import safe_inplace
 from safe_inplace import _C
 
+from ..op_table import OPS
 from . import engine
 from .engine import Fuzz, Program, Var, expect
 from .tensors import values
@@ -33,14 +34,8 @@ from .tensors import values
 SHAPE = (2, 3)
 LENGTH = 8
 DEPTH = 4
-ARITY = {"add": 2, "mul": 2, "add_mul": 3, "mul_add": 3, "addcmul": 3}
-NAMES = {
-    "add": ("input", "other"),
-    "mul": ("input", "other"),
-    "add_mul": ("input", "other", "scale"),
-    "mul_add": ("input", "scale", "shift"),
-    "addcmul": ("input", "tensor1", "tensor2"),
-}
+NAMES = {op.functional_name: op.arguments for op in OPS}
+ARITY = {name: len(arguments) for name, arguments in NAMES.items()}
 
 # {} is another expression. What gives a tensor of the same shape.
 TORCH = [
