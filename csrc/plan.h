@@ -22,6 +22,26 @@ struct Shape {
   int64_t numel = 0;
 };
 
+inline bool is_contiguous(const Arg& arg, const Shape& shape) {
+  int64_t stride = 1;
+  for (int d = 0; d < shape.ndim; ++d) {
+    if (shape.sizes[d] > 1 && arg.strides[d] != stride) {
+      return false;
+    }
+    stride *= shape.sizes[d];
+  }
+  return true;
+}
+
+inline bool is_broadcast(const Arg& arg, const Shape& shape) {
+  for (int d = 0; d < shape.ndim; ++d) {
+    if (shape.sizes[d] > 1 && arg.strides[d] == 0) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // result = op(input, operands, parameter), and `kept` (when its data is set) = the value that backward needs. Without a result
 // the input is written. The result, the kept value and an input without a result are of the plan's dtype; what is only read is
 // of the plan's dtype, or float beside half and bfloat16, or half and bfloat16 beside float where the backend reads that.

@@ -99,8 +99,9 @@ struct BackwardPass {
       visited_along(dim, dim == split.dim ? split.step : shape.sizes[dim]);
     }
     // A block adds a row's or a column's sum at once, or by fours, or what it has summed up of 64 rows.
-    const bool by_columns = strides[0] == 1 && shape.ndim > 1 && strides[1] == 0;
-    const int64_t additions = !by_columns ? 1 : cut.rows > 64 ? cut.rows / 64 + 1 : cut.rows / 4 + cut.rows % 4;
+    const int64_t additions = !repeats_row(shape, *gradient.out) ? 1
+                              : cut.rows > 64                    ? cut.rows / 64 + 1
+                                                                 : cut.rows / 4 + cut.rows % 4;
     gradient.run = std::max<int64_t>(1, kChain / additions);
     gradient.levels = 1;
     int64_t left = visits > 2 * gradient.run ? visits / gradient.run : 0;

@@ -38,17 +38,6 @@ void copy_elements(const Shape& shape, const Arg& arg, Index index, char* buffer
   }
 }
 
-bool is_linear(const Shape& shape, const Arg& arg) {
-  int64_t expected = 1;
-  for (int dim = 0; dim < shape.ndim; ++dim) {
-    if (arg.strides[dim] != expected) {
-      return false;
-    }
-    expected *= shape.sizes[dim];
-  }
-  return true;
-}
-
 bool varies_only_along_rows(const Shape& shape, const Arg& arg) {
   return std::all_of(arg.strides + 1, arg.strides + shape.ndim, [](int64_t stride) { return stride == 0; });
 }
@@ -69,7 +58,7 @@ void read_elements(const Shape& shape, const Arg& arg, DType dtype, const Index&
 
 // How one thread walks its part of a forward call.
 struct Walk {
-  // Many short rows are taken as one long row, what is not linear through a buffer.
+  // Many short rows are taken as one long row, what is not contiguous through a buffer.
   bool short_rows = false;
   // Rows taken as one where they follow each other in memory, and operands that are the same for each are repeated in
   // the buffer. Going back to the start of a short vector for every row derails the prefetching of the input: 3.35 ms
@@ -101,7 +90,7 @@ struct ForwardOperand {
     arg = &plan.input;
     const Shape& shape = plan.shape;
     loaded = plan.dtype;
-    const bool in_place = arg->dtype == plan.dtype && (walk.short_rows ? is_linear(shape, *arg) : arg->strides[0] == 1);
+    const bool in_place = arg->dtype == plan.dtype && (walk.short_rows ? is_contiguous(*arg, shape) : arg->strides[0] == 1);
     source = in_place ? Memory : Copied;
     bytes = in_place ? 0 : copied_bytes(std::min(kBlock, shape.numel));
   }
@@ -122,13 +111,13 @@ struct ForwardOperand {
     }
     kind = loaded == plan.dtype ? kOwn : kOpMath;
     if (walk.short_rows) {
-      source = is_linear(shape, operand) && !narrower ? Memory : varies_only_along_rows(shape, operand) ? Periodic : Copied;
+      source = is_contiguous(operand, shape) && !narrower ? Memory : varies_only_along_rows(shape, operand) ? Periodic : Copied;
     } else if (operand.strides[0] == 0) {
       source = OnePerRow;
       kind = kOne;
     } else if (operand.strides[0] != 1) {
       source = Copied;
-    } else if (repeats(shape, operand) && (walk.stack > 1 || worth_widening(shape, operand))) {
+    } else if (repeats_row(shape, operand) && (walk.stack > 1 || worth_widening(shape, operand))) {
       source = Repeated;
       kind = plan.dtype == math ? kOwn : kOpMath;
     } else {
@@ -147,8 +136,6 @@ struct ForwardOperand {
 
   // In 4 KiB: two operands of 8 KiB each would crowd the input out of the first-level cache.
   static int64_t capacity(DType dtype) { return 4096 / dtype_size[int(opmath_dtype(dtype))]; }
-
-  static bool repeats(const Shape& shape, const Arg& arg) { return shape.ndim > 1 && arg.strides[0] == 1 && arg.strides[1] == 0; }
 
   // Widening for every row of the input would cost as much as the arithmetic.
   static bool worth_widening(const Shape& shape, const Arg& arg) {
@@ -211,7 +198,7 @@ Walk choose_walk(const ForwardPlan& plan) {
       stands_stacked(plan.written()) && stands_stacked(plan.input) && (plan.kept.data == nullptr || follow_each_other(plan.kept));
   for (const Arg& operand : plan.operands) {
     stackable = stackable && (operand.data == nullptr || is_constant(shape, operand) || stands_stacked(operand) ||
-                              ForwardOperand::repeats(shape, operand));
+                              repeats_row(shape, operand));
   }
   if (stackable) {
     // Few rows are not worth the filling of the buffer.
@@ -253,7 +240,7 @@ struct ForwardPass {
     TORCH_INTERNAL_ASSERT_DEBUG_ONLY(forward_rows != nullptr);
   }
 
-  bool is_copied(const Arg& arg) const { return walk.short_rows ? !is_linear(plan.shape, arg) : arg.strides[0] != 1; }
+  bool is_copied(const Arg& arg) const { return walk.short_rows ? !is_contiguous(arg, plan.shape) : arg.strides[0] != 1; }
 
   // What a thread needs in buffers.
   int64_t scratch_bytes() const {

@@ -111,6 +111,11 @@ inline int64_t offset_of(const Shape& shape, const Arg& arg, const Index& index)
   return offset;
 }
 
+// A contiguous row, the same for every step of dimension 1.
+inline bool repeats_row(const Shape& shape, const Arg& arg) {
+  return shape.ndim > 1 && arg.strides[0] == 1 && arg.strides[1] == 0;
+}
+
 inline char* address(const Arg& arg, int64_t offset) {
   return static_cast<char*>(arg.data) + offset * dtype_size[int(arg.dtype)];
 }

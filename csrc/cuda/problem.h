@@ -38,26 +38,6 @@ inline int64_t item_size(const Arg& arg) {
   return dtype_size[int(arg.dtype)];
 }
 
-inline bool is_broadcast(const Arg& arg, const Shape& shape) {
-  for (int d = 0; d < shape.ndim; ++d) {
-    if (shape.sizes[d] > 1 && arg.strides[d] == 0) {
-      return true;
-    }
-  }
-  return false;
-}
-
-inline bool is_contiguous(const Arg& arg, const Shape& shape) {
-  int64_t stride = 1;
-  for (int d = 0; d < shape.ndim; ++d) {
-    if (shape.sizes[d] > 1 && arg.strides[d] != stride) {
-      return false;
-    }
-    stride *= shape.sizes[d];
-  }
-  return true;
-}
-
 // Every run of vectors along dimension 0 starts at a multiple of 16 bytes.
 inline bool has_aligned_rows(const Arg& arg, const Shape& shape) {
   if (arg.strides[0] != 1 || reinterpret_cast<uintptr_t>(arg.data) % 16 != 0) {

@@ -139,5 +139,6 @@ def _may_be_for_good(entry: _C.Saved, note: Note, update: bool) -> bool:
     hazard = note[1]
     if hazard.of_a_module is None:
         # Nothing in such a tensor tells, so the modules are asked: once for two lines.
-        hazard.of_a_module = is_of_a_module(entry.value)
+        called = entry.place[2]
+        hazard.of_a_module = is_of_a_module(entry.value, called and called())
     return hazard.of_a_module

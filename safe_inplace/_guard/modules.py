@@ -68,22 +68,28 @@ def module_in_words(module: Module) -> str:
     return f"{path}: {words}" if path else words
 
 
-def is_of_a_module(value: torch.Tensor) -> bool:
-    """Whether it lies in a buffer or a parameter of some module. Those that are known are asked first, then all there are."""
+def _holds(module: Module, memory: int) -> bool:
+    return any(
+        type(state) in (torch.Tensor, torch.nn.Parameter)
+        and state.layout == torch.strided
+        and state.untyped_storage().data_ptr() == memory
+        for kind in ("_buffers", "_parameters")
+        for state in module.__dict__.get(kind, {}).values()
+    )
+
+
+def is_of_a_module(value: torch.Tensor, called: Module | None) -> bool:
+    """Whether it lies in a buffer or a parameter of some module. `called`, whose call saved it, is asked first, which no
+    gc.freeze() hides; then those that are known, then all there are."""
     if value.layout != torch.strided or type(value) is not torch.Tensor:
         return False
     memory = value.untyped_storage().data_ptr()
+    if called is not None and _holds(called, memory):
+        return True
     for again in (False, True):
         if again:
             _look()
-        if any(
-            type(state) in (torch.Tensor, torch.nn.Parameter)
-            and state.layout == torch.strided
-            and state.untyped_storage().data_ptr() == memory
-            for module in list(_parents)
-            for kind in ("_buffers", "_parameters")
-            for state in module.__dict__.get(kind, {}).values()
-        ):
+        if any(_holds(module, memory) for module in list(_parents)):
             return True
     return False
 

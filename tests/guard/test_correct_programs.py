@@ -605,3 +605,24 @@ def test_code_is_suggested_from_the_frame_that_wrote():
     with guard("defer"), pytest.raises(HazardError) as caught:
         program().sum().backward()
     assert "h = h.mul(10)" in caught.value.remedies[0]
+
+
+def test_a_buffer_of_a_frozen_module():
+    class Codebook(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("codes", torch.randn(5, 4))
+
+        def forward(self, x):
+            return x @ self.codes.t()
+
+    model, x = Codebook(), leaf(3, 4)
+    gc.freeze()  # hides the module from a search of all objects
+    try:
+        with guard() as watched:
+            scores = model(x)
+            model.codes.mul_(0.9)
+            del scores
+        assert watched.hazards == []
+    finally:
+        gc.unfreeze()

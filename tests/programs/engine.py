@@ -7,6 +7,7 @@ computes otherwise, what it means there. A class that leaves one out cannot be i
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import random
 import sys
@@ -262,6 +263,7 @@ class Fuzz:
         parser.add_argument("--start", type=int, default=0, help="first program of the series (0)")
         parser.add_argument("--only", type=int, help="print and check only this program")
         options = parser.parse_args(arguments)
+        gc.freeze()  # guard looks for modules among all objects: not among those of the libraries, a hundred thousand times
         try:
             if options.only is not None:
                 print(self.generate(f"{options.seed}:{options.only}"))

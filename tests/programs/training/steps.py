@@ -97,7 +97,7 @@ class Run(engine.Run):
 
     def run(self, stop: int | None = None) -> Run:
         for index in range(len(self.program.steps[:stop])):
-            torch.manual_seed(index)
+            torch.default_generator.manual_seed(index)  # torch.manual_seed asks for every kind of device
             refused = self.step(index)
             if refused is None:
                 continue
