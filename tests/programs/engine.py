@@ -11,6 +11,7 @@ import gc
 import itertools
 import random
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -164,8 +165,10 @@ class Run:
     refused: Refused | None = None
     stop: int | None = None
     index = -1  # of the step that runs
+    _alive: ClassVar[weakref.WeakSet[Run]] = weakref.WeakSet()
 
     def __init__(self, program: Program) -> None:
+        Run._alive.add(self)
         self.program = program
         self.variables: list[Any] = []
 
@@ -199,6 +202,13 @@ class Run:
 
     def add(self, made: Any) -> None:
         self.variables.append(made)
+
+    @staticmethod
+    def release() -> None:
+        """A run's tensors hold hooks, which hold the run: through C++, where no garbage collector finds the circle."""
+        for run in list(Run._alive):
+            vars(run).clear()
+        Run._alive.clear()
 
 
 class Disagreement(AssertionError):
@@ -254,6 +264,8 @@ class Fuzz:
                     f"reproduce: python -m tests.programs {self.name} --seed {seed} --only {index}\n"
                     f"shrunk:\n{small}"
                 ) from error
+            finally:
+                Run.release()
         return ends
 
     def main(self, arguments: list[str]) -> int:
