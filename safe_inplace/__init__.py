@@ -6,6 +6,7 @@ from ._build import require_matching_build
 
 require_matching_build()
 
+from . import nn  # noqa: E402
 from ._counts import counts, reset_counts  # noqa: E402
 from ._guard import HazardError, HazardWarning, Site, guard  # noqa: E402
 from .ops import add, add_, add_mul, add_mul_, addcmul, addcmul_, mul, mul_, mul_add, mul_add_  # noqa: E402
@@ -26,5 +27,6 @@ __all__ = [
     "mul_",
     "mul_add",
     "mul_add_",
+    "nn",
     "reset_counts",
 ]
