@@ -1,0 +1,30 @@
+"""The submodules that rules compute themselves, and what of them the functional forms take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .rules import IDENTITY, Leaf
+
+LAYER_SCALE = Leaf(("f637826bd7c7",), name="LayerScale of transformers")
+DROP_PATH = Leaf(("8d87231de8cf",), name="DropPath of transformers")
+GRN = Leaf(("91ed2bea9f08",), name="GRN of transformers")
+
+OPTIONAL_DROP_PATH = (DROP_PATH, IDENTITY)
+
+# A class that calls one of these is worth a word in the report.
+TELLING = (LAYER_SCALE, DROP_PATH)
+
+
+def drop_path(module: nn.Module) -> dict[str, Any]:
+    """What a DropPath of transformers draws, as arguments of ``scaled_residual``."""
+    if isinstance(module, nn.Identity):
+        return {}
+    return {"drop_path": module.drop_prob, "training": module.training, "draws": "rand"}
+
+
+def parameter(module: Any, name: str) -> Tensor | None:
+    """A LayerScale's parameter; None where the layer scale is left out."""
+    return None if isinstance(module, nn.Identity) else getattr(module, name)
