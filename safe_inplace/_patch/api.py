@@ -39,7 +39,7 @@ def patch(model: nn.Module, only: Iterable[str] | None = None, strict: bool = Fa
     hook, another forward or another module since, the plain forward runs; so it does under ``torch.compile``.
 
     Args:
-        model: a model of transformers, or any module with such blocks in it.
+        model: a model of transformers, timm or diffusers, or any module with such blocks in it.
         only: patterns (``fnmatch``) of which one must fit the path of a module, its class or its rule; None takes all.
         strict: raise where anything that looks like a known block could not be replaced, or where nothing could.
 

@@ -10,19 +10,31 @@ from .rules import IDENTITY, Leaf
 
 LAYER_SCALE = Leaf(("f637826bd7c7",), name="LayerScale of transformers")
 DROP_PATH = Leaf(("8d87231de8cf",), name="DropPath of transformers")
+TIMM_LAYER_SCALE = Leaf(("f08223a76e8d",), name="LayerScale of timm")
+TIMM_DROP_PATH = Leaf(("4ccba6d84ff0",), {"drop_path": ("bb223011d7af",)}, name="DropPath of timm")
+METAFORMER_SCALE = Leaf(("fe9a369bec43",), name="Scale of timm's MetaFormer")
 GRN = Leaf(("91ed2bea9f08",), name="GRN of transformers")
 
 OPTIONAL_DROP_PATH = (DROP_PATH, IDENTITY)
+OPTIONAL_TIMM_DROP_PATH = (TIMM_DROP_PATH, IDENTITY)
+OPTIONAL_TIMM_LAYER_SCALE = (TIMM_LAYER_SCALE, IDENTITY)
 
 # A class that calls one of these is worth a word in the report.
-TELLING = (LAYER_SCALE, DROP_PATH)
+TELLING = (LAYER_SCALE, DROP_PATH, TIMM_LAYER_SCALE, TIMM_DROP_PATH)
 
 
-def drop_path(module: nn.Module) -> dict[str, Any]:
+def drop_path(module: Any) -> dict[str, Any]:
     """What a DropPath of transformers draws, as arguments of ``scaled_residual``."""
     if isinstance(module, nn.Identity):
         return {}
     return {"drop_path": module.drop_prob, "training": module.training, "draws": "rand"}
+
+
+def timm_drop_path(module: Any) -> dict[str, Any]:
+    """What a DropPath of timm draws, as arguments of ``scaled_residual``."""
+    if isinstance(module, nn.Identity):
+        return {}
+    return {"drop_path": module.drop_prob, "training": module.training, "scale_by_keep": module.scale_by_keep}
 
 
 def parameter(module: Any, name: str) -> Tensor | None:

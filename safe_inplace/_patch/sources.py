@@ -52,15 +52,22 @@ def _file(module: str) -> Path | None:
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
+def _argument_names(node: Function) -> tuple[str, ...]:
+    arguments = node.args
+    plain = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return tuple(argument.arg for argument in [*plain, *filter(None, (arguments.vararg, arguments.kwarg))])
+
+
 def structures_in(folder: Path) -> dict[str, list[str]]:
-    """Of each structure of a forward: the names of the classes that have it."""
+    """Of each structure of a forward whose arguments have the names of a rule's: the names of the classes that have it."""
     classes: dict[str, list[str]] = defaultdict(list)
+    wanted = {tuple(argument.name for argument in rule.arguments()) for rule in RULES.values()}
     for path in sorted(folder.rglob("*.py")):
         # A modular file of transformers is what a modeling file is made from.
         source = "" if path.name.startswith("modular_") else path.read_text(encoding="utf-8")
         if "def forward" in source:
             for name, node in _definitions(source):
-                if node.name == "forward":
+                if node.name == "forward" and _argument_names(node) in wanted:
                     classes[structure_of_source(node)].append(name)
     return classes
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import diffusers_models, timm_models
+
 
 @dataclass(frozen=True)
 class Family:
@@ -106,3 +108,10 @@ FAMILIES = {
 
 def installed(*names: str) -> bool:
     return all(importlib.util.find_spec(name) for name in names)
+
+
+# timm needs torchvision, which there is not for every torch.
+if installed("timm", "torchvision"):
+    FAMILIES |= {name: Family(*parts) for name, parts in timm_models.MODELS.items()}
+if installed("diffusers"):
+    FAMILIES |= {name: Family(*parts) for name, parts in diffusers_models.MODELS.items()}

@@ -70,7 +70,10 @@ def test_outputs_and_gradients(plain, model, family, train, kind):
     autocast = torch.bfloat16 if kind == "autocast" else None
     plain = copy.deepcopy(plain).to(dtype).train(train)
     model = model.to(dtype).train(train)
-    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in family.inputs().items()}
+    inputs = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in family.inputs().items()
+    }
     report = safe_inplace.patch(model, strict=True)
     expected = run(plain, inputs, autocast)
     # A rounding of bfloat16, where every product of matrices rounds to it, can turn at every layer.
@@ -91,7 +94,8 @@ def test_memory_is_taken_over_in_inference(model, family):
     with torch.no_grad():
         model.eval()(**family.inputs())
     counts = report.counts()
-    assert counts["result.taken over"] >= sum(family.replaced.values())
+    # Not that of what a module was called with: GRN by itself.
+    assert counts["result.taken over"] >= sum(n for rule, n in family.replaced.items() if not rule.endswith("-grn"))
     assert "result.memory held" not in counts
 
 
