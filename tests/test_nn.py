@@ -255,7 +255,9 @@ def test_state_dicts_of_transformers():
 
 @pytest.mark.skipif(not HAS_TIMM, reason="no timm for this torch")
 def test_state_dicts_and_random_numbers_of_timm():
-    from timm.layers import DropPath, GlobalResponseNorm, LayerScale, LayerScale2d
+    from timm.layers import DropPath
+    from timm.layers.grn import GlobalResponseNorm
+    from timm.layers.layer_scale import LayerScale, LayerScale2d
 
     for scale, shape, dim in ((LayerScale(6, 0.3), (8, 2, 6), -1), (LayerScale2d(6, 0.3), (8, 6, 2, 2), 1)):
         layer = ScaledResidual(6, drop_path=0.5, channel_dim=dim)
