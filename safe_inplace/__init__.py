@@ -6,13 +6,16 @@ from ._build import require_matching_build
 
 require_matching_build()
 
+from . import nn  # noqa: E402
 from ._counts import counts, reset_counts  # noqa: E402
 from ._guard import HazardError, HazardWarning, Site, guard  # noqa: E402
+from ._patch import PatchError, explain, patch, patched  # noqa: E402
 from .ops import add, add_, add_mul, add_mul_, addcmul, addcmul_, mul, mul_, mul_add, mul_add_  # noqa: E402
 
 __all__ = [
     "HazardError",
     "HazardWarning",
+    "PatchError",
     "Site",
     "add",
     "add_",
@@ -21,10 +24,14 @@ __all__ = [
     "addcmul",
     "addcmul_",
     "counts",
+    "explain",
     "guard",
     "mul",
     "mul_",
     "mul_add",
     "mul_add_",
+    "nn",
+    "patch",
+    "patched",
     "reset_counts",
 ]

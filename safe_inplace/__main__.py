@@ -1,4 +1,5 @@
-"""python -m safe_inplace env: what was built, for what, and what of it works here. run: a program under guard."""
+"""python -m safe_inplace env: what was built, for what, and what of it works here. run: a program under guard.
+check-sources: which known blocks the installed libraries have."""
 
 import argparse
 import platform
@@ -8,6 +9,7 @@ import torch
 
 from . import __version__
 from ._build import PACKAGE, read_build
+from ._patch import sources
 from ._run import add_arguments
 
 
@@ -44,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("env", help="say what was built, for what, and what of it works here")
     command.set_defaults(run=env)
     add_arguments(commands.add_parser("run", help="run an unchanged program under guard"))
+    sources.add_arguments(
+        commands.add_parser("check-sources", help="say which blocks that patch() knows are in the installed libraries")
+    )
     options = parser.parse_args(arguments)
     return options.run(options)
 

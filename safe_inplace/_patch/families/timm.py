@@ -1,0 +1,196 @@
+"""timm: residuals with LayerScale and DropPath, and GRN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, cat
+
+from ...nn import functional as forms
+from ..leaves import (
+    METAFORMER_SCALE,
+    OPTIONAL_TIMM_DROP_PATH,
+    OPTIONAL_TIMM_LAYER_SCALE,
+    parameter,
+    timm_drop_path,
+)
+from ..rules import IDENTITY, rule
+
+_TWO_DROPS = {"drop_path1": OPTIONAL_TIMM_DROP_PATH, "drop_path2": OPTIONAL_TIMM_DROP_PATH}
+
+
+@rule(
+    "8561ddd356fd",
+    name="timm-vit",
+    homes="timm.models.vision_transformer.Block",
+    ops="addcmul, addcmul",
+    inlines={"ls1": OPTIONAL_TIMM_LAYER_SCALE, "ls2": OPTIONAL_TIMM_LAYER_SCALE, **_TWO_DROPS},
+)
+def vit(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    middle = forms.scaled_residual(
+        x,
+        lambda: self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal),
+        parameter(self.ls1, "gamma"),
+        **timm_drop_path(self.drop_path1),
+    )
+    return forms.scaled_residual(
+        middle, lambda: self.mlp(self.norm2(middle)), parameter(self.ls2, "gamma"), **timm_drop_path(self.drop_path2)
+    )
+
+
+@rule("a6a462dede61", name="timm-eva", homes="timm.models.eva.EvaBlock", ops="addcmul, addcmul", inlines=_TWO_DROPS)
+def eva(
+    self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    middle = forms.scaled_residual(
+        x,
+        lambda: self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal),
+        self.gamma_1,
+        **timm_drop_path(self.drop_path1),
+    )
+    return forms.scaled_residual(
+        middle, lambda: self.mlp(self.norm2(middle)), self.gamma_2, **timm_drop_path(self.drop_path2)
+    )
+
+
+@rule("69a56874fc80", name="timm-eva-post-norm", homes="timm.models.eva.EvaBlockPostNorm", ops="add, add", inlines=_TWO_DROPS)
+def eva_post_norm(
+    self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    middle = forms.scaled_residual(
+        x,
+        lambda: self.norm1(self.attn(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)),
+        **timm_drop_path(self.drop_path1),
+    )
+    return forms.scaled_residual(
+        middle, lambda: self.norm2(self.mlp(middle)), **timm_drop_path(self.drop_path2)
+    )
+
+
+@rule("481caded03fe", name="timm-beit", homes="timm.models.beit.Block", ops="addcmul, addcmul", inlines=_TWO_DROPS)
+def beit(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+    middle = forms.scaled_residual(
+        x,
+        lambda: self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias),
+        self.gamma_1,
+        **timm_drop_path(self.drop_path1),
+    )
+    # The plain lines look at the first scale for both.
+    gamma = None if self.gamma_1 is None else self.gamma_2
+    return forms.scaled_residual(
+        middle, lambda: self.mlp(self.norm2(middle)), gamma, **timm_drop_path(self.drop_path2)
+    )
+
+
+@rule(
+    "e473045e4151",
+    name="timm-cait",
+    homes="timm.models.cait.LayerScaleBlock",
+    ops="addcmul, addcmul",
+    inlines={"drop_path": OPTIONAL_TIMM_DROP_PATH},
+)
+def cait(self: Any, x: Tensor) -> Tensor:
+    drop = timm_drop_path(self.drop_path)
+    middle = forms.scaled_residual(x, lambda: self.attn(self.norm1(x)), self.gamma_1, **drop)
+    return forms.scaled_residual(middle, lambda: self.mlp(self.norm2(middle)), self.gamma_2, **drop)
+
+
+@rule(
+    "149159453eba",
+    name="timm-cait-class",
+    homes="timm.models.cait.LayerScaleBlockClassAttn",
+    ops="addcmul, addcmul",
+    inlines={"drop_path": OPTIONAL_TIMM_DROP_PATH},
+)
+def cait_class(self: Any, x: Tensor, x_cls: Tensor) -> Tensor:
+    drop = timm_drop_path(self.drop_path)
+    middle = forms.scaled_residual(x_cls, lambda: self.attn(self.norm1(cat((x_cls, x), dim=1))), self.gamma_1, **drop)
+    return forms.scaled_residual(middle, lambda: self.mlp(self.norm2(middle)), self.gamma_2, **drop)
+
+
+@rule(
+    "280201e7b20d",
+    name="timm-xcit",
+    homes="timm.models.xcit.XCABlock",
+    ops="addcmul, addcmul, addcmul",
+    inlines={**_TWO_DROPS, "drop_path3": OPTIONAL_TIMM_DROP_PATH},
+)
+def xcit(self: Any, x: Tensor, H: int, W: int) -> Tensor:
+    first = forms.scaled_residual(x, lambda: self.attn(self.norm1(x)), self.gamma1, **timm_drop_path(self.drop_path1))
+    # The third comes second, as in timm.
+    second = forms.scaled_residual(
+        first, lambda: self.local_mp(self.norm3(first), H, W), self.gamma3, **timm_drop_path(self.drop_path3)
+    )
+    return forms.scaled_residual(
+        second, lambda: self.mlp(self.norm2(second)), self.gamma2, **timm_drop_path(self.drop_path2)
+    )
+
+
+@rule(
+    "95f12f9ac071",
+    name="timm-xcit-class",
+    homes="timm.models.xcit.ClassAttentionBlock",
+    ops="addcmul, add",
+    inlines=_TWO_DROPS,
+)
+def xcit_class(self: Any, x: Tensor) -> Tensor:
+    def attended() -> Tensor:
+        normed = self.norm1(x)
+        return cat([self.attn(normed), normed[:, 1:]], dim=1)
+
+    def classified() -> Tensor:
+        return cat([self.gamma2 * self.mlp(normed[:, 0:1]), normed[:, 1:]], dim=1)
+
+    middle = forms.scaled_residual(x, attended, self.gamma1, **timm_drop_path(self.drop_path1))
+    normed = self.norm2(middle) if self.tokens_norm else cat([self.norm2(middle[:, 0:1]), middle[:, 1:]], dim=1)
+    return forms.scaled_residual(normed, classified, **timm_drop_path(self.drop_path2))
+
+
+@rule(
+    "ef587687cb03",
+    name="timm-convnext",
+    homes="timm.models.convnext.ConvNeXtBlock",
+    ops="mul_add",
+    inlines={"drop_path": OPTIONAL_TIMM_DROP_PATH},
+)
+def convnext(self: Any, x: Tensor) -> Tensor:
+    def branch() -> Tensor:
+        hidden = self.conv_dw(x)
+        if self.use_conv_mlp:
+            return self.mlp(self.norm(hidden))
+        return self.mlp(self.norm(hidden.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+    gamma = None if self.gamma is None else self.gamma.reshape(1, -1, 1, 1)
+    return forms.scaled_residual(
+        self.shortcut(x), branch, gamma, branch_first=True, **timm_drop_path(self.drop_path)
+    )
+
+
+@rule("adede9ec29c6", name="timm-grn", homes="timm.layers.grn.GlobalResponseNorm", ops="mul_add")
+def grn(self: Any, x: Tensor) -> Tensor:
+    # With this function for the norm: autocast treats it otherwise than others.
+    norms = x.norm(p=2, dim=self.spatial_dim, keepdim=True)
+    norms = norms / (norms.mean(dim=self.channel_dim, keepdim=True) + self.eps)
+    return forms.ops.mul_add(x, self.weight.view(self.wb_shape) * norms + 1, self.bias.view(self.wb_shape))
+
+
+@rule(
+    "1cfe8299df0d",
+    name="timm-metaformer",
+    homes="timm.models.metaformer.MetaFormerBlock",
+    ops="addcmul, addcmul",
+    inlines={"layer_scale1": (METAFORMER_SCALE, IDENTITY), "layer_scale2": (METAFORMER_SCALE, IDENTITY)},
+)
+def metaformer(self: Any, x: Tensor) -> Tensor:
+    # What is dropped is the branch before it is scaled, so DropPath draws in the branch's dtype: it is called.
+    middle = forms.scaled_residual(
+        self.res_scale1(x), lambda: self.drop_path1(self.token_mixer(self.norm1(x))), _scale(self.layer_scale1)
+    )
+    return forms.scaled_residual(
+        self.res_scale2(middle), lambda: self.drop_path2(self.mlp(self.norm2(middle))), _scale(self.layer_scale2)
+    )
+
+
+def _scale(module: Any) -> Tensor | None:
+    scale = parameter(module, "scale")
+    return None if scale is None else scale.view(module.shape)
