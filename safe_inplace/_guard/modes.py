@@ -140,5 +140,5 @@ def _may_be_for_good(entry: _C.Saved, note: Note, update: bool) -> bool:
     if hazard.of_a_module is None:
         # Nothing in such a tensor tells, so the modules are asked: once for two lines.
         called = entry.place[2]
-        hazard.of_a_module = is_of_a_module(entry.value, called and called())
+        hazard.of_a_module = is_of_a_module(entry.value, called() if called is not None else None)
     return hazard.of_a_module
