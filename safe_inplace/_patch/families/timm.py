@@ -19,6 +19,11 @@ from ..rules import IDENTITY, rule
 _TWO_DROPS = {"drop_path1": OPTIONAL_TIMM_DROP_PATH, "drop_path2": OPTIONAL_TIMM_DROP_PATH}
 
 
+def _mlp_residual(self: Any, x: Tensor, gamma: Tensor | None, drop: Any) -> Tensor:
+    """With which most blocks end."""
+    return forms.scaled_residual(x, lambda: self.mlp(self.norm2(x)), gamma, **timm_drop_path(drop))
+
+
 @rule(
     "8561ddd356fd",
     name="timm-vit",
@@ -33,9 +38,7 @@ def vit(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool =
         parameter(self.ls1, "gamma"),
         **timm_drop_path(self.drop_path1),
     )
-    return forms.scaled_residual(
-        middle, lambda: self.mlp(self.norm2(middle)), parameter(self.ls2, "gamma"), **timm_drop_path(self.drop_path2)
-    )
+    return _mlp_residual(self, middle, parameter(self.ls2, "gamma"), self.drop_path2)
 
 
 @rule("a6a462dede61", name="timm-eva", homes="timm.models.eva.EvaBlock", ops="addcmul, addcmul", inlines=_TWO_DROPS)
@@ -48,9 +51,7 @@ def eva(
         self.gamma_1,
         **timm_drop_path(self.drop_path1),
     )
-    return forms.scaled_residual(
-        middle, lambda: self.mlp(self.norm2(middle)), self.gamma_2, **timm_drop_path(self.drop_path2)
-    )
+    return _mlp_residual(self, middle, self.gamma_2, self.drop_path2)
 
 
 @rule("69a56874fc80", name="timm-eva-post-norm", homes="timm.models.eva.EvaBlockPostNorm", ops="add, add", inlines=_TWO_DROPS)
@@ -77,9 +78,7 @@ def beit(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Ten
     )
     # The plain lines look at the first scale for both.
     gamma = None if self.gamma_1 is None else self.gamma_2
-    return forms.scaled_residual(
-        middle, lambda: self.mlp(self.norm2(middle)), gamma, **timm_drop_path(self.drop_path2)
-    )
+    return _mlp_residual(self, middle, gamma, self.drop_path2)
 
 
 @rule(
@@ -90,9 +89,8 @@ def beit(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Ten
     inlines={"drop_path": OPTIONAL_TIMM_DROP_PATH},
 )
 def cait(self: Any, x: Tensor) -> Tensor:
-    drop = timm_drop_path(self.drop_path)
-    middle = forms.scaled_residual(x, lambda: self.attn(self.norm1(x)), self.gamma_1, **drop)
-    return forms.scaled_residual(middle, lambda: self.mlp(self.norm2(middle)), self.gamma_2, **drop)
+    middle = forms.scaled_residual(x, lambda: self.attn(self.norm1(x)), self.gamma_1, **timm_drop_path(self.drop_path))
+    return _mlp_residual(self, middle, self.gamma_2, self.drop_path)
 
 
 @rule(
@@ -103,9 +101,10 @@ def cait(self: Any, x: Tensor) -> Tensor:
     inlines={"drop_path": OPTIONAL_TIMM_DROP_PATH},
 )
 def cait_class(self: Any, x: Tensor, x_cls: Tensor) -> Tensor:
-    drop = timm_drop_path(self.drop_path)
-    middle = forms.scaled_residual(x_cls, lambda: self.attn(self.norm1(cat((x_cls, x), dim=1))), self.gamma_1, **drop)
-    return forms.scaled_residual(middle, lambda: self.mlp(self.norm2(middle)), self.gamma_2, **drop)
+    middle = forms.scaled_residual(
+        x_cls, lambda: self.attn(self.norm1(cat((x_cls, x), dim=1))), self.gamma_1, **timm_drop_path(self.drop_path)
+    )
+    return _mlp_residual(self, middle, self.gamma_2, self.drop_path)
 
 
 @rule(
@@ -121,9 +120,7 @@ def xcit(self: Any, x: Tensor, H: int, W: int) -> Tensor:
     second = forms.scaled_residual(
         first, lambda: self.local_mp(self.norm3(first), H, W), self.gamma3, **timm_drop_path(self.drop_path3)
     )
-    return forms.scaled_residual(
-        second, lambda: self.mlp(self.norm2(second)), self.gamma2, **timm_drop_path(self.drop_path2)
-    )
+    return _mlp_residual(self, second, self.gamma2, self.drop_path2)
 
 
 @rule(
