@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from .structure import innermost, structure_of
 
 Forward = Callable[..., Any]
@@ -47,7 +45,7 @@ class Leaf(Known):
 
 
 # A LayerScale or a DropPath that a configuration leaves out.
-IDENTITY = Leaf((structure_of(nn.Identity.forward) or "",), name="Identity")
+IDENTITY = Leaf(("86f79cd83044",), name="Identity")
 
 
 @dataclass(frozen=True, eq=False)
