@@ -29,9 +29,7 @@ def trace_as(function: Callable[..., Any], traced: Callable[..., Any]) -> None:
 
 
 class _Watcher(MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _DYNAMO:
             return None
         # Whoever asks may only want to know, and the import may fail: the watch ends when Dynamo has run.

@@ -47,9 +47,7 @@ def _program(options: argparse.Namespace) -> tuple[Callable[[], Any], list[str],
         return lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), options.module, os.getcwd()
     if options.program:
         script = options.program[0]
-        return lambda: runpy.run_path(script, run_name="__main__"), options.program, os.path.dirname(
-            os.path.abspath(script)
-        )
+        return lambda: runpy.run_path(script, run_name="__main__"), options.program, os.path.dirname(os.path.abspath(script))
     options.error("nothing to run: name a script, or a module with -m")
     raise AssertionError("unreachable")
 
@@ -59,7 +57,8 @@ def _print_exception(error: BaseException) -> None:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<frozen ") and frame.filename not in (__file__, runpy.__file__)
+        if not frame.filename.startswith("<frozen ")
+        and frame.filename not in (__file__, runpy.__file__)
         and not frame.filename.startswith(_GUARD)
     ]
     if isinstance(error, HazardError):

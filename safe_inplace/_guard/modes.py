@@ -20,9 +20,7 @@ OnHazard = Literal["raise", "warn", "copy", "defer"]
 class Raise:
     """Stops at the write, or, where correct programs write day after day, in the backward that asks for the value."""
 
-    def write(
-        self, findings: Findings, entries: list[_C.Saved], op: str, place: Place, update: bool
-    ) -> list[Note | None] | None:
+    def write(self, findings: Findings, entries: list[_C.Saved], op: str, place: Place, update: bool) -> list[Note | None] | None:
         """These values are about to be overwritten (see Policy._on_write)."""
         notes: list[Note | None] = []
         for entry in entries:
@@ -53,18 +51,14 @@ class Raise:
 class Defer(Raise):
     """Stops in the backward that asks for the value, whatever was written."""
 
-    def write(
-        self, findings: Findings, entries: list[_C.Saved], op: str, place: Place, update: bool
-    ) -> list[Note | None] | None:
+    def write(self, findings: Findings, entries: list[_C.Saved], op: str, place: Place, update: bool) -> list[Note | None] | None:
         return [findings.note("overwritten", entry, op, place) for entry in entries]
 
 
 class Warn(Raise):
     """Tells where Raise would stop, and leaves the rest to torch."""
 
-    def write(
-        self, findings: Findings, entries: list[_C.Saved], op: str, place: Place, update: bool
-    ) -> list[Note | None] | None:
+    def write(self, findings: Findings, entries: list[_C.Saved], op: str, place: Place, update: bool) -> list[Note | None] | None:
         notes: list[Note | None] = []
         told: set[int] = set()
         for entry in entries:
@@ -101,9 +95,7 @@ class Warn(Raise):
 class Copy(Raise):
     """Copies what is about to be lost."""
 
-    def write(
-        self, findings: Findings, entries: list[_C.Saved], op: str, place: Place, update: bool
-    ) -> list[Note | None] | None:
+    def write(self, findings: Findings, entries: list[_C.Saved], op: str, place: Place, update: bool) -> list[Note | None] | None:
         copied: dict[tuple[Any, ...], torch.Tensor] = {}
         pairs: dict[int, tuple[Note, _C.Saved, int]] = {}
         for entry in entries:

@@ -220,9 +220,7 @@ class _Write:
             value = method_call(method_call(load, "clone", []), method, [statement.value])
         return Rewritten(text_of(ast.Assign([target], value)))
 
-    def _part(
-        self, target: ast.Subscript, value: ast.expr, held: int, augmented: ast.operator | None = None
-    ) -> Rewritten:
+    def _part(self, target: ast.Subscript, value: ast.expr, held: int, augmented: ast.operator | None = None) -> Rewritten:
         """An assignment to a part of the tensor."""
         if self.between() or not isinstance(target.value, ast.expr):
             return Rewritten()
