@@ -7,8 +7,11 @@ import safe_inplace
 
 from ..op_table import BY_NAME, OPS
 from .backward.check import FUZZ
-from .backward.runs import write_ideally
-from .engine import Disagreement
+from .backward.passes import Backward
+from .backward.runs import Ideal, Ours, write_ideally
+from .backward.steps import Given, Leaf, Op, Passing, Unary
+from .engine import Disagreement, Var
+from .machines import TensorProgram
 from .slices import SEED, slices
 
 
@@ -48,6 +51,17 @@ def ideal(name):
 
 
 IDEAL = {op.name: ideal(op.name) for op in OPS}
+
+
+@pytest.mark.parametrize("kind", ["own", "transposed"])
+def test_a_leaf_keeps_a_gradient_of_the_reference_where_it_keeps_ours(kind):
+    """It takes what somebody else keeps, or copies it, by its layout."""
+    v = [Var(i) for i in range(5)]
+    steps = [Leaf((2, 1, 2), 0, True), Leaf((2, 1, 2), 4, True), Passing(v[1], "stash_detached", True), Unary(v[2], "viewed")]
+    steps += [Op(v[3], "addcmul_", (v[0], v[3]), -0.25, "keep"), Given((2, 1, 2), kind, 8)]
+    program = TensorProgram("", [*steps, Backward(v[3], "given", v[4], True, False, None)], dtype=torch.float32)
+    assert Ours(program).run().shared() == Ideal(program).run().shared() != set()
+    assert FUZZ.check(program) == "agree"
 
 
 def test_most_programs_agree():

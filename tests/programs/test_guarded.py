@@ -9,7 +9,7 @@ from . import guarded, overwrites
 from .engine import Disagreement
 from .slices import SEED, slices
 from .training import check as training
-from .training.steps import Run
+from .training.steps import Backward, Buffer, Forward, Penalty, Program, Run, Write
 
 
 @slices(overwrites.FUZZ, 540, 4)
@@ -30,6 +30,15 @@ def test_programs_of_the_differential_test(indices):
 def test_training(indices):
     ends = training.FUZZ.search("suite", indices)
     assert min(ends["clean"], ends["at the write"], ends["in backward"]) > len(indices) // 30
+
+
+def test_statistics_that_nobody_reads_are_saved_again_as_they_are():
+    """... by the backward of a batch norm that is differentiated, and torch refuses it once they are written."""
+    layers = (("batch norm", "batch norm", "linear without bias"), ("tanh",), ("tanh",))
+    steps = [Forward("trunk", 0, 0, True), Penalty("", 0, 0, True), Write("data", 1, 1, True), Buffer("grad", 0, 0, False)]
+    program = Program("", [*steps, Backward("", 0, 0, False)], layers, ("momentum",))
+    assert training.Judge(program).run().asked == {4: (4,)}
+    assert training.check(program) == "in backward"
 
 
 class Blind(guard):

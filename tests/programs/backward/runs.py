@@ -114,7 +114,11 @@ class Torch(ByTorch, User):
 
 
 class Fresh(torch.autograd.Function):
-    """The value and the gradient, in memory of their own."""
+    """The value and the gradient, in memory of their own.
+
+    The gradient is contiguous as from an op: whether a leaf takes a gradient that somebody keeps, or copies it, is decided by its
+    layout.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -122,7 +126,7 @@ class Fresh(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.clone()
+        return grad.clone(memory_format=torch.contiguous_format)
 
 
 class Replace(torch.autograd.Function):
@@ -137,7 +141,7 @@ class Replace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # not None: torch would lose the gradient of what lies around a written view
-        return torch.zeros_like(grad), grad.clone()
+        return torch.zeros_like(grad, memory_format=torch.contiguous_format), grad.clone()
 
 
 def write_ideally(op, target, operands, parameters):

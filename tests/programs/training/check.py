@@ -65,8 +65,10 @@ class Judge(Run):
         return refused
 
     def pack(self, tensor: torch.Tensor) -> Snapshot:
+        # In a backward that is differentiated in its turn, what counts is the mode of the forward.
+        node = torch._C._current_autograd_node()
         unread = any(
-            norm.training and statistics.data_ptr() == tensor.data_ptr()
+            getattr(node, "_saved_training", norm.training) and statistics.data_ptr() == tensor.data_ptr()
             for norm in self.norms
             for statistics in (norm.running_mean, norm.running_var)
         )
@@ -79,7 +81,8 @@ class Judge(Run):
             self.asked.setdefault(self.index, snapshot.alias.shape)
         if snapshot.stale and self.refused_by_torch is None:
             self.refused_by_torch = self.index
-        return snapshot.copy if snapshot.changed else snapshot.alias
+        # Running statistics that nobody reads stay what they are: a backward that is differentiated saves them once more.
+        return snapshot.copy if snapshot.changed and not snapshot.unread else snapshot.alias
 
     def look(self) -> None:
         sound = [snapshot for snapshot in self.live if snapshot not in self.changed and not snapshot.unread]
