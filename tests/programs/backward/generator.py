@@ -84,7 +84,7 @@ class Generator(engine.Generator):
 
     def watch(self):
         kind = self.rng.choice([Hook, Hook, Hook, NodeHook, RetainGrad, MultiHook])
-        source = self.differentiable()
+        source = self.pick(lambda v: v.requires_grad and not v.leaf and self.on_the_way(v))
         if source is not None:
             kind.generate(self, source)
             self.leave(source)
@@ -128,8 +128,17 @@ class Generator(engine.Generator):
     def trained(self):
         return self.pick(lambda v: v.requires_grad and v.leaf)
 
+    def on_the_way(self, v):
+        """A private view that is viewed in its turn, and one of the two written, lies beside the way to the other: both lead to a
+        base that the reference has not."""
+        private = v.viewed is not None and self.known[v.viewed] is v
+        return not private or sum(other.viewed == v.viewed for other in self.known.values()) == 1
+
+    def gathering(self):
+        return self.pick(lambda v: v.requires_grad and self.on_the_way(v))
+
     def inputs(self):
-        chosen = {self.trained(), self.trained(), self.pick(lambda v: v.requires_grad)}
+        chosen = {self.trained(), self.trained(), self.gathering()}
         return tuple(sorted(var for var in chosen if var is not None))
 
     def given(self, found):

@@ -95,7 +95,7 @@ class MultiHook(Building):
 
     @classmethod
     def generate(cls, generator, source):
-        other = generator.pick(lambda v: v.requires_grad)
+        other = generator.gathering()
         generator.add(cls(tuple(sorted({source, other}))))
         generator.leave(other)
 

@@ -37,7 +37,7 @@ class Backward(Step):
             given = generator.pick(lambda v: v.leaf and v.requires_grad and v.shape == shape) or given
         inputs = None
         if rng.random() < 0.15:
-            inputs = (generator.pick(lambda v: v.requires_grad), generator.trained())
+            inputs = (generator.gathering(), generator.trained())
             inputs = tuple(sorted({i for i in inputs if i is not None}))
         create = rng.random() < 0.08
         if rng.random() < 0.3:
