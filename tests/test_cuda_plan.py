@@ -18,7 +18,7 @@ from safe_inplace import _C
 from .checks import assert_bit_equal, assert_close, assert_storage_bit_equal, grad_tolerance
 from .layouts import KERNEL_DTYPES, LARGE, MEDIUM, SMALL, TAILS, arrange, random_tensor, short, twin
 from .op_table import BY_NAME, EXACT, FUSED, OPS
-from .simulator import launches, simulated
+from .simulator import launches, readings, simulated
 from .test_reductions import MOST_UNITS, units_off
 from .test_values import check
 
@@ -196,9 +196,9 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64], ids=short)
-def test_large_reductions(name, dtype):
+@pytest.mark.parametrize("op", [BY_NAME["mul_add_"], BY_NAME["addcmul_"]], **op_ids)
+def test_large_reductions(op, name, dtype):
     shape, small = REDUCTIONS[name]
-    op = BY_NAME["mul_add_"]
     tensors = [random_tensor(s, dtype) for s in (shape, small, small)]
     grad_output = random_tensor(shape, dtype)
     wanted = [True] * 3
@@ -210,8 +210,9 @@ def test_large_reductions(name, dtype):
         for a, b in zip(plain, again, strict=True):
             assert_bit_equal(a, b)
     # Alone, a sum has the bits that it has beside one of the same pattern.
-    (alone,), _ = compare_backward(op, tensors, grad_output, {}, [False, True, False], False, {})
-    assert_bit_equal(alone, plain[1])
+    for i in (1, 2):
+        (alone,), _ = compare_backward(op, tensors, grad_output, {}, [n == i for n in range(3)], False, {})
+        assert_bit_equal(alone, plain[i])
     # 64-bit indices: other launches, the same gradients to rounding.
     _, seen = compare_backward(op, tensors, grad_output, {}, wanted, False, {"index_limit": 1})
     assert {launch["index_bits"] for launch in seen} == {64}
@@ -243,6 +244,70 @@ def test_operands_of_different_patterns(op, name):
             _, seen = compare_backward(op, tensors, grad_output, {}, [True] * len(tensors), owned, {})
             reductions = [launch for launch in seen if launch["kernel"] == "reduce"]
             assert len(reductions) == 1, "one reading of the gradient"
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
+@pytest.mark.parametrize("op", OPS, **op_ids)
+def test_the_gradient_is_read_once(op, dtype, device_code):
+    alike = [(shape, small, small) for shape, small in REDUCTIONS.values()]
+    share_a_loop = [row for name, row in MIXED_REDUCTIONS.items() if name != "rows and columns of nothing common"]
+    for shape, *small in [*alike, *share_a_loop]:
+        leaves = [random_tensor(s, dtype).requires_grad_() for s in (shape, *small[: len(op.operands)])]
+        grad_output = random_tensor(shape, dtype)
+        result = op.function(leaves[0].clone(), *leaves[1:], **op.parameters(-0.75))
+        with readings(grad_output) as count:
+            torch.autograd.grad(result, leaves, grad_output)
+        assert set(count) == {1} or not takes_kernel(op, dtype), (shape, small)
+
+
+@pytest.mark.parametrize("name", ["add_mul_", "mul_add_", "addcmul_"])
+def test_two_sums_of_many_columns_are_one_reading(name):
+    """Each chunk of the loop adds a row of partial sums to both: what they may take is for the two together."""
+    shape, small = (20_000, 512), (512,)
+    tensors = [random_tensor(s, torch.bfloat16).requires_grad_() for s in (shape, small, small)]
+    result = BY_NAME[name].function(tensors[0].clone(), *tensors[1:])
+    with simulated():
+        torch.autograd.grad(result, tensors, random_tensor(shape, torch.bfloat16))
+        reduce, partials = launches()
+    assert (reduce["kernel"], partials["kernel"]) == ("reduce", "reduce_partials")
+    assert 2**19 < reduce["workspace"] <= 2**20
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
+@pytest.mark.parametrize("shape, small", REDUCTIONS.values(), ids=REDUCTIONS)
+def test_a_factor_common_to_all_terms_multiplies_the_sum(shape, small, dtype):
+    """Rounded once, where a product for each term would round with each; and read once for each sum, not for each term."""
+    value = complex(1 / 3, 1 / 7) if dtype.is_complex else 1 / 3
+    x, ones = torch.ones(shape, dtype=dtype), torch.ones(small, dtype=dtype)
+    factor = torch.full(small, value, dtype=dtype)
+    terms = x.numel() // factor.numel()
+    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(dtype, dtype)
+    expected = (terms * factor.to(wide).conj()).to(dtype)
+    with simulated(target_blocks=1):
+        for name, operands, wanted in [
+            ("addcmul_", (ones, factor), 0),
+            ("addcmul_", (factor, ones), 1),
+            ("add_mul_", (ones, factor), 0),
+        ]:
+            op = BY_NAME[name]
+            leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(operands)]
+            result = op.function(x.clone(), *leaves)
+            with readings(leaves[1 - wanted].detach()) as count:
+                (actual,) = torch.autograd.grad(result, leaves[wanted], x)
+            assert_bit_equal(actual, expected)
+            assert set(count) == {1} or not small  # on the CPU a 0-dim tensor is a number
+
+
+def test_a_common_factor_that_is_no_tensor_of_the_sums_dtype(device_code):
+    """A number, and float32 beside 16 bits."""
+    grad_output = random_tensor((3000, 96), torch.bfloat16)
+    exact = grad_output.double().sum(0)
+    for factor in (1.0009765625 / 3, random_tensor((96,), torch.float32), random_tensor((), torch.bfloat16)):
+        x = torch.zeros(3000, 96, dtype=torch.bfloat16)
+        tensor1 = torch.ones(96, requires_grad=True)
+        result = BY_NAME["addcmul_"].function(x, tensor1, factor, value=0.75)
+        (actual,) = torch.autograd.grad(result, tensor1, grad_output)
+        assert_close(actual, exact * factor * 0.75, 4 * torch.finfo(torch.float32).eps * 55)
 
 
 # Shape, operands, and how many blocks are aimed at: few, so that a thread adds up as much as it would of gigabytes.
@@ -445,7 +510,7 @@ def test_vector_kernels_access_16_bytes_at_a_time():
     functions = cuobjdump("-sass", "-arch", "sm_" + "".join(architecture)).split("Function : ")[1:]
     code = {text.split(None, 1)[0]: text for text in functions if "safe_inplace4cuda" in text.split(None, 1)[0]}
     # Elementwise and Reduce of one op, and Unaligned; the others go element by element.
-    vectors = [name for name in code if re.search(r"(?:Forward|Backward)FunctorINS_|UnalignedINS0_", name)]
+    vectors = [name for name in code if re.search(r"(?:Forward|Backward)FunctorINS_|UnalignedINS0_|PlainSum.*Lb0ELi[248]E", name)]
     assert len(vectors) > 80
     for name in vectors:
         assert "LDG.E.128" in code[name], name

@@ -6,6 +6,7 @@
 
 #if !defined(__CUDACC__)
 #include <stdexcept>
+#include <vector>
 #endif
 
 namespace safe_inplace::cuda {
@@ -18,8 +19,27 @@ SI_INLINE void check_alignment([[maybe_unused]] const void* address, [[maybe_unu
 #endif
 }
 
+#if !defined(__CUDACC__)
+// Memory whose loads a test counts, byte by byte.
+struct Watched {
+  uintptr_t begin = 0;
+  std::vector<uint8_t> loads;
+};
+inline Watched watched;
+#endif
+
+SI_INLINE void check_load(const void* address, int bytes) {
+  check_alignment(address, bytes);
+#if !defined(__CUDACC__)
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address) - watched.begin;
+  for (size_t i = 0; at < watched.loads.size() && i < size_t(bytes); ++i) {
+    ++watched.loads[at + i];
+  }
+#endif
+}
+
 SI_INLINE void load_16_bytes(const char* address, uint32_t* words) {
-  check_alignment(address, 16);
+  check_load(address, 16);
 #if defined(__CUDA_ARCH__)
   const uint4 bits = *reinterpret_cast<const uint4*>(address);
   words[0] = bits.x;
@@ -74,7 +94,7 @@ SI_INLINE void put_element(uint32_t* words, int j, T value) {
 template <class T>
 SI_INLINE T load_element(const void* data, uint64_t offset) {
   const T* address = static_cast<const T*>(data) + offset;
-  check_alignment(address, sizeof(T));
+  check_load(address, sizeof(T));
   return *address;
 }
 
@@ -120,6 +140,9 @@ SI_INLINE void settle(const Accessor<M>& accessor, Bits<T, V, Mixed>& bits) {
     return;
   }
   if constexpr (Mixed) {
+    if (accessor.mode == AccessMode::Absent) {
+      return;
+    }
     if (!accessor.wide) {
       // From the end: a float takes the place of two elements.
       const T same = element_of<T>(bits.words, 0);
@@ -149,6 +172,31 @@ SI_INLINE OpMath<T> settled(const Bits<T, V, Mixed>& bits, int j) {
   } else {
     return widen(element_of<T>(bits.words, j));
   }
+}
+
+// One vector, whatever the mode.
+template <class T, int V, bool Mixed, class M>
+SI_INLINE Bits<T, V, Mixed> load(const Accessor<M>& accessor, uint64_t offset) {
+  Bits<T, V, Mixed> bits = {};
+  const auto fetch = [&](auto tag) {
+    using E = decltype(tag);
+    if (V == 1 || accessor.mode == AccessMode::Vector) {
+      fetch_as<E, V, AccessMode::Vector>(accessor, offset, bits.words);
+    } else if (accessor.mode == AccessMode::Broadcast) {
+      fetch_as<E, V, AccessMode::Broadcast>(accessor, offset, bits.words);
+    } else {
+      fetch_as<E, V, AccessMode::Elements>(accessor, offset, bits.words);
+    }
+  };
+  if (accessor.mode != AccessMode::Number) {
+    if (Mixed && accessor.wide) {
+      fetch(float{});
+    } else {
+      fetch(T{});
+    }
+  }
+  settle(accessor, bits);
+  return bits;
 }
 
 template <class T, int V, class M>

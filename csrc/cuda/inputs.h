@@ -43,9 +43,7 @@ struct Inputs {
     }
   }
 
-  // Element j of the value that belongs to Out0 + `out`.
-  SI_INLINE M compute(int out, int op, M parameter, int j) const {
-    M in[kIns] = {};
+  SI_INLINE void take(int j, M (&in)[kIns]) const {
     in[Main] = settled(main, j);
     if constexpr (Functor::reads_saved) {
       in[Saved] = settled(saved, j);
@@ -56,7 +54,20 @@ struct Inputs {
     if constexpr (Functor::reads_second) {
       in[Second] = settled(second, j);
     }
+  }
+
+  // Element j of the value that belongs to Out0 + `out`.
+  SI_INLINE M compute(int out, int op, M parameter, int j) const {
+    M in[kIns] = {};
+    take(j, in);
     return Functor::compute(out, op, parameter, in);
+  }
+
+  // The same of what is summed.
+  SI_INLINE M term(int out, int op, int j) const {
+    M in[kIns] = {};
+    take(j, in);
+    return Functor::term(out, op, in);
   }
 
   SI_INLINE void compute_all(int out, int op, M parameter, M (&values)[V]) const {

@@ -10,6 +10,11 @@ namespace safe_inplace::cuda {
 enum Slot : int { Main, First, Second, Saved, Out0, Out1, Out2, kSlots };
 constexpr int kIns = 4, kOuts = 3;
 
+// Where backward reads a factor other than one.
+SI_INLINE constexpr Slot slot_of(Factor factor) {
+  return factor == Factor::First ? First : factor == Factor::Second ? Second : Saved;
+}
+
 // How the elements of one vector are reached.
 enum class AccessMode : uint8_t {
   Absent,
@@ -56,6 +61,7 @@ struct Sum {
   uint64_t column_block_stride = 0;
   bool wanted = false;
   bool per_column = false;
+  bool times_parameter = false; // which, like a factor that is the same for all terms, is multiplied with the sum
   Store store = Store::Accumulator;
 };
 
@@ -75,10 +81,12 @@ struct ReduceParams {
   FastDivisor<uint32_t> column_blocks;
   FastDivisor<uint32_t> outer_blocks;
   I column_strides[kSlots] = {};
-  OffsetCalculator<I, kSlots + 2> outer; // and where the two sums lie
+  OffsetCalculator<I, kSlots + 4> outer; // and where the two sums and their common factors lie
   OffsetCalculator<I, kSlots> loop;
-  Accessor<M> accessors[kSlots];
+  Accessor<M> accessors[kSlots]; // absent where nothing in the loop reads it
   Sum sums[2]; // of the first and the second operand
+  Accessor<M> common_factors[2]; // of all terms of a sum; absent where the factor is another one for each
+  I common_factor_column_strides[2] = {};
   M parameter{};
   int op = 0;
 };

@@ -25,7 +25,7 @@ inline Path choose_path(const Problem& problem, int width, int64_t index_limit) 
 
 // Vectors per block: `unroll` for each thread, fewer where that would leave a large device idle.
 inline int64_t choose_tile(int64_t count, int unroll) {
-  return kThreads * std::clamp<int64_t>(count / (kThreads * (kTargetBlocks / 2)), 1, unroll);
+  return kThreads * std::clamp<int64_t>(count / (kThreads * kElementwiseBlocks), 1, unroll);
 }
 
 // Path::Vectors, or Path::Elements with width 1.

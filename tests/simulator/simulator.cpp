@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include "backend.h"
+#include "cuda/accessor.h"
 #include "dispatch.h"
 
 namespace safe_inplace::simulator {
@@ -72,6 +73,17 @@ py::list take_launches() {
   return list;
 }
 
+// Counts loads of these bytes from now on.
+void watch(uintptr_t begin, size_t bytes) {
+  cuda::watched = {begin, std::vector<uint8_t>(bytes)};
+}
+
+// How often each of them was loaded since.
+py::bytes take_loads() {
+  const cuda::Watched watched = std::exchange(cuda::watched, {});
+  return {reinterpret_cast<const char*>(watched.loads.data()), watched.loads.size()};
+}
+
 } // namespace
 
 PYBIND11_MODULE(_simulator, m) {
@@ -80,6 +92,8 @@ PYBIND11_MODULE(_simulator, m) {
   m.def("configure", configure, py::arg("index_limit") = device.index_limit, py::arg("reversed") = device.reversed,
         py::arg("target_blocks") = device.target_blocks);
   m.def("launches", take_launches);
+  m.def("watch", watch);
+  m.def("take_loads", take_loads);
 }
 
 } // namespace safe_inplace::simulator
