@@ -33,6 +33,16 @@ def device_code():
         yield
 
 
+# Calls as small as those of most tests have kernels of their own: here they take those of large ones.
+AS_LARGE = {"small_limit": 0}
+
+
+@pytest.fixture(params=[{}, AS_LARGE], ids=["small", "as-large"])
+def any_size(request):
+    with simulated(**request.param):
+        yield
+
+
 def takes_kernel(op, dtype):
     """On the CPU, complex `mul_` is left to torch, whose rounding depends on the position in a row."""
     return op.name != "mul_" or not dtype.is_complex
@@ -60,18 +70,18 @@ def operand_shape(shape, kind):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_values_of_every_layout(op, dtype, device_code):
+def test_values_of_every_layout(op, dtype, any_size):
     for layout in SMALL + MEDIUM + TAILS:
         tensors = layout.tensors(len(op.operands), dtype)
         launches()
         check(op, *tensors, **op.parameters(-1))
         if tensors[0].numel() and takes_kernel(op, dtype):
-            assert [launch["kernel"] for launch in launches()] in (["elementwise"], ["unaligned"]), layout
+            assert [launch["kernel"] for launch in launches()] in (["small"], ["elementwise"], ["unaligned"]), layout
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_values_at_the_edges_of_vectors(op, dtype, device_code):
+def test_values_at_the_edges_of_vectors(op, dtype, any_size):
     for shape, slack, kind in EDGES:
         operands = [random_tensor(operand_shape(shape, kind), dtype) for _ in op.operands]
         check(op, edge_tensor(shape, slack, dtype), *operands)
@@ -82,7 +92,7 @@ def test_values_at_the_edges_of_vectors(op, dtype, device_code):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_float_operands_beside_a_16_bit_input(op, dtype, device_code):
+def test_float_operands_beside_a_16_bit_input(op, dtype, any_size):
     pairs = itertools.product([dtype, torch.float32], repeat=len(op.operands))
     for dtypes, (shape, slack, kind) in itertools.product(pairs, EDGES):
         operands = [random_tensor(operand_shape(shape, kind), d) for d in dtypes]
@@ -132,8 +142,8 @@ def test_gradients_of_every_layout(op, dtype):
         grad_output = random_tensor(layout.shape, dtype)
         for wanted in itertools.product([True, False], repeat=len(tensors)):
             if any(wanted):
-                for owned in (False, True):
-                    compare_backward(op, tensors, grad_output, op.parameters(-0.75), wanted, owned, {})
+                for owned, simulation in itertools.product((False, True), ({}, AS_LARGE)):
+                    compare_backward(op, tensors, grad_output, op.parameters(-0.75), wanted, owned, simulation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex128], ids=short)
@@ -146,7 +156,8 @@ def test_gradients_at_the_edges_of_vectors(op, dtype):
         for owned in (False, True):
             compare_backward(op, tensors, grad_output, {}, [True] * len(tensors), owned, {})
             frozen = [True] + [False] * len(op.operands)
-            compare_backward(op, tensors, grad_output, {}, frozen, owned, {})
+            for simulation in ({}, AS_LARGE):
+                compare_backward(op, tensors, grad_output, {}, frozen, owned, simulation)
 
 
 @pytest.mark.parametrize("op", OPS, **op_ids)
@@ -354,11 +365,11 @@ def test_order_of_threads_and_width_of_indices_change_no_bit(op):
     for layout, dtype in itertools.product(MEDIUM + LARGE[:2], [torch.bfloat16, torch.float32, torch.complex128]):
         tensors = layout.tensors(len(op.operands), dtype)
         results = []
-        for simulation in ({}, {"reversed": True}, {"index_limit": 1}):
+        for simulation in ({}, {"reversed": True}, {"index_limit": 1}, AS_LARGE, AS_LARGE | {"reversed": True}):
             with simulated(**simulation):
                 results.append(op.function(twin(tensors[0]), *tensors[1:]))
-        assert_storage_bit_equal(results[1], results[0])
-        assert_storage_bit_equal(results[2], results[0])
+        for result in results[1:]:
+            assert_storage_bit_equal(result, results[0])
 
 
 @pytest.mark.parametrize("op", EXACT, **op_ids)
@@ -400,16 +411,40 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("dtype", T, ids=short)
-def test_forward_path_of_real_layouts(name, dtype, device_code):
+def test_forward_path_of_real_layouts(name, dtype):
     shape, memory, small, kernel = REAL[name]
     x, operand = arrange(memory, shape, dtype), random_tensor(small, dtype)
-    launches()
-    BY_NAME["addcmul_"].function(x, operand, operand)
-    (launch,) = launches()
+    with simulated(**AS_LARGE):
+        BY_NAME["addcmul_"].function(x, operand, operand)
+        (launch,) = launches()
     assert launch["index_bits"] == 32
     assert launch["vector"] == VECTOR[dtype]
     rows_divide = math.prod(shape) % VECTOR[dtype] == 0 and kernel == "elementwise"
     assert launch["kernel"] == ("elementwise" if rows_divide or VECTOR[dtype] == 1 else kernel)
+
+
+# At most two dimensions are left of them once they are merged.
+SMALL_LAYOUTS = ["full", "last-dim vector", "per channel, channels_last", "positions", "scalar tensor", "per sample, NCHW"]
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("dtype", T, ids=short)
+def test_the_short_kernel_takes_small_calls(name, dtype):
+    """Same shapes, vectors and numbers; the other takes over where it is no longer small."""
+    shape, memory, small, _ = REAL[name]
+    x, operand = arrange(memory, shape, dtype), random_tensor(small, dtype)
+    expected = x.clone(memory_format=torch.preserve_format)
+    with simulated(**AS_LARGE):
+        BY_NAME["addcmul_"].function(expected, operand, 0.25, value=-3)
+        (large,) = launches()
+    vectors = x.numel() // VECTOR[dtype]
+    for limit, short_one in ((vectors + 1, name in SMALL_LAYOUTS and VECTOR[dtype] > 1), (vectors, False)):
+        actual = x.clone(memory_format=torch.preserve_format)
+        with simulated(small_limit=limit):
+            BY_NAME["addcmul_"].function(actual, operand, 0.25, value=-3)
+            (launch,) = launches()
+        assert_bit_equal(actual, expected)
+        assert launch["kernel"] == ("small" if short_one else large["kernel"])
 
 
 @pytest.mark.parametrize("name", [name for name, row in REAL.items() if row[3] == "elementwise" and name != "full"])
@@ -501,7 +536,20 @@ def test_no_kernel_uses_local_memory():
     assert len(usage) > 100
     for name, registers, stack, local in usage:
         assert (stack, local) == ("0", "0"), name
-        assert int(registers) <= 128, name
+        assert int(registers) <= (48 if "5SmallI" in name else 64 if "8PlainSum" in name else 128), name
+
+
+@machine_code
+def test_the_short_kernels_have_few_parameters():
+    """Next to those of the kernel that they stand in for; what every kernel finds beside them depends on the architecture."""
+    pattern = r"Function \S*(Small|Elementwise)(I\S*Functor\S*):[^:]*:\d+ STACK:\d+ SHARED:\d+ LOCAL:\d+ CONSTANT\[0\]:(\d+)"
+    constants = {kernel: {} for kernel in ("Small", "Elementwise")}
+    for kernel, arguments, constant in re.findall(pattern, cuobjdump("--dump-resource-usage")):
+        constants[kernel].setdefault(re.match(r"I\S*?Lb\d", arguments)[0], set()).add(int(constant))
+    assert len(constants["Small"]) == 70
+    for arguments, sizes in constants["Small"].items():
+        assert max(constants["Elementwise"][arguments]) - max(sizes) >= 512, arguments
+        assert min(constants["Elementwise"][arguments]) - min(sizes) >= 512, arguments
 
 
 @machine_code
@@ -509,7 +557,7 @@ def test_vector_kernels_access_16_bytes_at_a_time():
     *_, architecture = re.findall(r"(\d+)\.(\d+)", _C.build_info()["cuda_archs"])
     functions = cuobjdump("-sass", "-arch", "sm_" + "".join(architecture)).split("Function : ")[1:]
     code = {text.split(None, 1)[0]: text for text in functions if "safe_inplace4cuda" in text.split(None, 1)[0]}
-    # Elementwise and Reduce of one op, and Unaligned; the others go element by element.
+    # Those of one op, PlainSum and Unaligned; the others go element by element.
     vectors = [name for name in code if re.search(r"(?:Forward|Backward)FunctorINS_|UnalignedINS0_|PlainSum.*Lb0ELi[248]E", name)]
     assert len(vectors) > 80
     for name in vectors:

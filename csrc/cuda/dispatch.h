@@ -1,7 +1,7 @@
 // From a plan to launches: the choice among the kernels, for any launcher: the device's, and the simulator's. A launcher has
 //   elementwise<Kernel>(params, blocks, Trace), reduce<Kernel>(params, blocks, Trace),
 //   workspace(bytes): memory that lives as long as the value it returns, with .data(),
-//   index_limit(), target_blocks(preferred).
+//   index_limit(), small_limit(), target_blocks(preferred).
 #pragma once
 
 #include <type_traits>
@@ -65,6 +65,11 @@ void dispatch_elementwise(const Problem& problem, int op, OpMath<T> parameter, L
             op,
             [&](auto tag) {
               using Kernel = Elementwise<Functor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
+              if (auto params = plan_small<M>(problem, V, launcher.small_limit())) {
+                using Short = Small<Functor<decltype(tag)>, T, decltype(mixed)::value>;
+                params->parameter = parameter;
+                return launcher.template elementwise<Short>(*params, ceil_divide(params->count, kThreads), {"small", V, 32});
+              }
               launch_elementwise<Kernel>(plan_elementwise<M, uint32_t>(problem, V, Kernel::U), op, parameter,
                                          {"elementwise", V, 32}, launcher);
             },

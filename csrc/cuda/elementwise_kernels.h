@@ -64,6 +64,49 @@ struct Elementwise {
   }
 };
 
+// The same where one vector for each thread is enough: short code, few registers, few parameters.
+template <class Functor, class T, bool Mixed>
+struct Small {
+  using Element = T;
+  using M = OpMath<T>;
+  using Params = SmallParams<M>;
+  static constexpr int V = kVector<T>;
+
+  SI_INLINE static void run(const Params& p, uint32_t block, uint32_t thread) {
+    const uint32_t index = block * kThreads + thread;
+    if (index >= p.count) {
+      return;
+    }
+    const uint32_t row = p.row.divide(index);
+    const uint32_t column = (index - row * p.row.size) * V;
+    const auto offset = [&](int slot) {
+      return (p.modes[slot] == AccessMode::Vector ? column : 0) + uint64_t(row) * p.row_strides[slot];
+    };
+    Accessor<M> accessors[kIns];
+    uint64_t offsets[1][kIns];
+    SI_UNROLL
+    for (int slot = 0; slot < kIns; ++slot) {
+      const int operand = slot == First ? 0 : 1;
+      accessors[slot] = {p.data[slot], 0, p.numbers[operand], p.modes[slot], p.wide[slot]};
+      offsets[0][slot] = offset(slot);
+    }
+    const uint64_t base[kIns] = {};
+    const bool live[1] = {true};
+    Inputs<Functor, T, Mixed, V> inputs[1];
+    inputs[0].template fetch_all<false>(accessors, live, base, offsets, inputs);
+    inputs[0].settle_all(accessors);
+    SI_UNROLL
+    for (int out = 0; out < Functor::outs; ++out) {
+      const int slot = Out0 + out;
+      if (p.modes[slot] != AccessMode::Absent) {
+        M values[V];
+        inputs[0].compute_all(out, /*op=*/0, p.parameter, values);
+        store<T>(Accessor<M>{p.data[slot], 0, M{}, AccessMode::Vector, p.wide[slot]}, offset(slot), values);
+      }
+    }
+  }
+};
+
 // The same over contiguous memory whose rows are no multiple of a vector, or do not start at one: every vector but the
 // first and the last is whole, and may belong to two rows.
 template <class Functor, class T>

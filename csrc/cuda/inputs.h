@@ -15,18 +15,19 @@ struct Inputs {
   Bits<T, V, false> main, saved;
   Bits<T, V, Mixed> first, second;
 
-  template <int U, class Offset>
+  // Unless `Strided`, no tensor is reached element by element.
+  template <bool Strided = true, int U, class Offset>
   SI_INLINE static void fetch_all(const Accessor<M>* accessors, const bool (&live)[U], const uint64_t* base,
                                   const Offset (&offsets)[U][kIns], Inputs (&inputs)[U]) {
-    fetch<&Inputs::main>(accessors[Main], live, base, offsets, Main, inputs);
+    fetch<Strided, &Inputs::main>(accessors[Main], live, base, offsets, Main, inputs);
     if constexpr (Functor::reads_saved) {
-      fetch<&Inputs::saved>(accessors[Saved], live, base, offsets, Saved, inputs);
+      fetch<Strided, &Inputs::saved>(accessors[Saved], live, base, offsets, Saved, inputs);
     }
     if constexpr (Functor::reads_first) {
-      fetch<&Inputs::first>(accessors[First], live, base, offsets, First, inputs);
+      fetch<Strided, &Inputs::first>(accessors[First], live, base, offsets, First, inputs);
     }
     if constexpr (Functor::reads_second) {
-      fetch<&Inputs::second>(accessors[Second], live, base, offsets, Second, inputs);
+      fetch<Strided, &Inputs::second>(accessors[Second], live, base, offsets, Second, inputs);
     }
   }
 
@@ -78,7 +79,7 @@ struct Inputs {
   }
 
  private:
-  template <auto Member, int U, class Offset>
+  template <bool Strided, auto Member, int U, class Offset>
   SI_INLINE static void fetch(const Accessor<M>& accessor, const bool (&live)[U], const uint64_t* base,
                               const Offset (&offsets)[U][kIns], int slot, Inputs (&inputs)[U]) {
     if (accessor.mode == AccessMode::Absent || accessor.mode == AccessMode::Number) {
@@ -86,19 +87,19 @@ struct Inputs {
     }
     if constexpr (std::decay_t<decltype(std::declval<Inputs&>().*Member)>::mixed) {
       if (accessor.wide) {
-        return fetch_as<Member, float>(accessor, live, base, offsets, slot, inputs);
+        return fetch_as<Strided, Member, float>(accessor, live, base, offsets, slot, inputs);
       }
     }
-    fetch_as<Member, T>(accessor, live, base, offsets, slot, inputs);
+    fetch_as<Strided, Member, T>(accessor, live, base, offsets, slot, inputs);
   }
 
   // The branch on the mode is outside, so that the loads of one tensor follow each other.
-  template <auto Member, class E, int U, class Offset>
+  template <bool Strided, auto Member, class E, int U, class Offset>
   SI_INLINE static void fetch_as(const Accessor<M>& accessor, const bool (&live)[U], const uint64_t* base,
                                  const Offset (&offsets)[U][kIns], int slot, Inputs (&inputs)[U]) {
     if (V == 1 || accessor.mode == AccessMode::Vector) {
       fetch_as<Member, E, AccessMode::Vector>(accessor, live, base, offsets, slot, inputs);
-    } else if (accessor.mode == AccessMode::Broadcast) {
+    } else if (!Strided || accessor.mode == AccessMode::Broadcast) {
       fetch_as<Member, E, AccessMode::Broadcast>(accessor, live, base, offsets, slot, inputs);
     } else {
       fetch_as<Member, E, AccessMode::Elements>(accessor, live, base, offsets, slot, inputs);

@@ -50,6 +50,20 @@ struct ElementwiseParams {
   FastDivisor<I> row;
 };
 
+// Element-wise launches of few vectors, over at most two dimensions, in which every tensor has vectors or one element along a
+// row. A launch as short as these is made longer by each byte of its parameters and each step of index arithmetic.
+template <class M>
+struct SmallParams {
+  void* data[kSlots] = {};
+  uint32_t row_strides[kSlots] = {}; // in elements
+  AccessMode modes[kSlots] = {};
+  bool wide[kSlots] = {};
+  M numbers[2] = {}; // where First or Second is one
+  M parameter{};
+  uint32_t count = 0; // of vectors
+  FastDivisor<uint32_t> row; // of so many vectors
+};
+
 // As what a sum is stored.
 enum class Store : uint8_t { Accumulator, Narrow, Float };
 

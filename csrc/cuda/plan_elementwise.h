@@ -1,6 +1,8 @@
 // The plan of an element-wise pass: vectors along rows, vectors that cross rows, or single elements, and who owns which.
 #pragma once
 
+#include <optional>
+
 #include "problem.h"
 
 namespace safe_inplace::cuda {
@@ -44,6 +46,34 @@ ElementwiseParams<M, I> plan_elementwise(const Problem& problem, int width, int 
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     params.accessors[slot] = make_row_accessor<M>(problem, slot, width);
+  }
+  return params;
+}
+
+// Path::Vectors, where it is small and simple enough for short code. Nothing otherwise.
+template <class M>
+std::optional<SmallParams<M>> plan_small(const Problem& problem, int width, int64_t limit) {
+  const Shape& shape = problem.shape;
+  const int64_t count = shape.numel / width;
+  if (shape.ndim > 2 || count >= limit) {
+    return std::nullopt;
+  }
+  SmallParams<M> params;
+  params.count = uint32_t(count);
+  params.row = FastDivisor<uint32_t>(shape.sizes[0] / width);
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const Accessor<M> accessor = make_row_accessor<M>(problem, slot, width);
+    const bool written = slot >= Out0;
+    if (accessor.mode == AccessMode::Elements || (written && accessor.mode == AccessMode::Broadcast)) {
+      return std::nullopt;
+    }
+    params.data[slot] = accessor.data;
+    params.modes[slot] = accessor.mode;
+    params.wide[slot] = accessor.wide;
+    params.row_strides[slot] = shape.ndim == 2 ? uint32_t(stride_of(problem, slot, 1)) : 0;
+    if (slot == First || slot == Second) {
+      params.numbers[slot - First] = accessor.number;
+    }
   }
   return params;
 }

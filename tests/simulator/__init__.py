@@ -18,7 +18,7 @@ from . import _simulator
 
 @contextmanager
 def simulated(**device: Any) -> Iterator[None]:
-    """Ops on the CPU run the CUDA kernels, on a device with this `index_limit`, `target_blocks` and order (`reversed`)."""
+    """Ops on the CPU run the CUDA kernels, with this `index_limit`, `small_limit`, `target_blocks` and order (`reversed`)."""
     settings = _simulator.configure(**device)
     cpu = _C.register_backend(_simulator.backend)
     launches()

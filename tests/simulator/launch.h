@@ -13,6 +13,8 @@ class HostLauncher {
  public:
   int64_t index_limit() const { return simulation_.index_limit; }
 
+  int64_t small_limit() const { return simulation_.small_limit; }
+
   int64_t target_blocks(int64_t preferred) const { return simulation_.target_blocks > 0 ? simulation_.target_blocks : preferred; }
 
   template <class Kernel>

@@ -43,11 +43,12 @@ const Backend backend{
 };
 
 // Returns what was set before.
-py::dict configure(int64_t index_limit, bool reversed, int64_t target_blocks) {
+py::dict configure(int64_t index_limit, int64_t small_limit, bool reversed, int64_t target_blocks) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const Simulation before = std::exchange(current, {reversed, index_limit, target_blocks});
+  const Simulation before = std::exchange(current, {reversed, index_limit, small_limit, target_blocks});
   py::dict entry;
   entry["index_limit"] = before.index_limit;
+  entry["small_limit"] = before.small_limit;
   entry["reversed"] = before.reversed;
   entry["target_blocks"] = before.target_blocks;
   return entry;
@@ -89,8 +90,8 @@ py::bytes take_loads() {
 PYBIND11_MODULE(_simulator, m) {
   const Simulation device;
   m.attr("backend") = py::capsule(&backend, kBackendCapsule);
-  m.def("configure", configure, py::arg("index_limit") = device.index_limit, py::arg("reversed") = device.reversed,
-        py::arg("target_blocks") = device.target_blocks);
+  m.def("configure", configure, py::arg("index_limit") = device.index_limit, py::arg("small_limit") = device.small_limit,
+        py::arg("reversed") = device.reversed, py::arg("target_blocks") = device.target_blocks);
   m.def("launches", take_launches);
   m.def("watch", watch);
   m.def("take_loads", take_loads);
