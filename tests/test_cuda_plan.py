@@ -104,6 +104,69 @@ def test_float_operands_beside_a_16_bit_input(op, dtype, any_size):
         check(op, random_tensor((3, 24), dtype), *operands)
 
 
+# A branch of 16 bits beside float32, as autocast makes it, in every place; and both kinds of 16 bits beside each other.
+BESIDE = [
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32, torch.float16),
+    (torch.float32, torch.float16, torch.bfloat16),
+    (torch.float16, torch.float32, torch.float16),
+    (torch.float16, torch.bfloat16, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("dtypes", BESIDE, ids=lambda dtypes: "_".join(map(short, dtypes)))
+@pytest.mark.parametrize("op", OPS, **op_ids)
+def test_16_bits_beside_float(op, dtypes, any_size):
+    """Forward and backward, out of place, and in place where the input is float32."""
+    dtypes = dtypes[: 1 + len(op.operands)]
+    for shape, slack, kind in EDGES:
+        kinds = ["last", kind][: len(op.operands)]
+        operands = [random_tensor(operand_shape(shape, k), d) for k, d in zip(kinds, dtypes[1:], strict=True)]
+        tensors = [edge_tensor(shape, slack, dtypes[0]), *operands]
+        expected = op.exact(*tensors)
+        result_dtype = op.reference(*tensors).dtype
+        grad_output = edge_tensor(shape, slack, result_dtype)
+        exact = [t.double().requires_grad_() for t in tensors]
+        expected_grads = torch.autograd.grad(op.reference(*exact), exact, grad_output.double())
+        in_place = [dtypes[0] == torch.float32] if len(set(dtypes)) > 1 else []
+        for function in [op.functional, *([op.function] if in_place == [True] else [])]:
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            input = leaves[0] if function is op.functional else leaves[0].clone(memory_format=torch.preserve_format)
+            launches()
+            result = function(input, *leaves[1:])
+            if result_dtype == torch.float32 or len(set(dtypes)) == 1:
+                assert launches()
+            assert result.dtype == result_dtype
+            assert_close(result, expected, 4 * torch.finfo(result_dtype).eps)
+            launches()
+            grads = torch.autograd.grad(result, leaves, grad_output)
+            assert launches() or op.name == "add_"
+            for grad, right, leaf in zip(grads, expected_grads, leaves, strict=True):
+                assert grad.dtype == leaf.dtype
+                terms = max(tensors[0].numel() // grad.numel(), 1)
+                coarse = max(dtypes, key=lambda d: torch.finfo(d).eps)
+                assert_close(grad, right, grad_tolerance(coarse, terms) * math.sqrt(terms))
+
+
+@pytest.mark.parametrize("dtype, unpacked", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=short)
+@pytest.mark.parametrize("op", [op for op in OPS if op.name not in ("add_", "addcmul_")], **op_ids)
+def test_a_kept_value_that_comes_back_in_another_dtype(op, dtype, unpacked, any_size):
+    """Hooks may hand back what they like."""
+    for shape, operand in [((8, 64), (64,)), ((8, 64), (8, 64)), ((7, 49), (49,)), ((3000, 96), (96,)), ((1037,), (1037,))]:
+        tensors = [random_tensor(shape, torch.bfloat16), *(random_tensor(operand, torch.bfloat16) for _ in op.operands)]
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to(unpacked), lambda t: t):
+            result = op.function(leaves[0].clone(), *leaves[1:])
+        grad_output = random_tensor(shape, dtype)
+        actual = torch.autograd.grad(result, leaves, grad_output)
+        exact = [t.double().requires_grad_() for t in tensors]
+        expected = torch.autograd.grad(op.reference(*exact), exact, grad_output.double())
+        for a, e in zip(actual, expected, strict=True):
+            terms = grad_output.numel() // a.numel()
+            assert_close(a, e, grad_tolerance(torch.bfloat16, terms) * math.sqrt(terms))
+
+
 def compare_backward(op, tensors, grad_output, parameter, wanted, owned, simulation):
     """Gradients against the formula in double precision; `owned` leaves the incoming gradient to the engine alone."""
 

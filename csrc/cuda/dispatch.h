@@ -24,15 +24,35 @@ inline bool any_wide(const Problem& problem) {
   return false;
 }
 
-// Calls function(std::bool_constant<Mixed>) with Mixed true where an operand is wide.
-template <class T, class Function>
-void with_mixed(const Problem& problem, Function&& function) {
-  if constexpr (kMayMix<T>) {
-    if (any_wide(problem)) {
-      return function(std::true_type{});
+// Beside float.
+inline bool any_narrow(const Problem& problem) {
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (is_tensor(problem, slot) && problem.args[slot].dtype != problem.dtype) {
+      return true;
     }
   }
-  function(std::false_type{});
+  return false;
+}
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// Calls visit with a functor, and whether it is Mixed: an instance for each op, but where 16 bits stand beside float, where one
+// serves all ops.
+template <template <class> class Functor, class T, class Visit>
+void with_functor(const Problem& problem, int op, const Visit& visit) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (any_narrow(problem)) {
+      return visit(Tag<AnyOp<Functor>>{}, std::true_type{});
+    }
+  } else if constexpr (kMayMix<T>) {
+    if (any_wide(problem)) {
+      return with_op(op, [&](auto tag) { visit(Tag<Functor<decltype(tag)>>{}, std::true_type{}); }, AllOps{});
+    }
+  }
+  with_op(op, [&](auto tag) { visit(Tag<Functor<decltype(tag)>>{}, std::false_type{}); }, AllOps{});
 }
 
 template <class Kernel, class Launcher>
@@ -60,20 +80,17 @@ void dispatch_elementwise(const Problem& problem, int op, OpMath<T> parameter, L
   }
   if constexpr (V > 1) {
     if (path == Path::Vectors) {
-      return with_mixed<T>(problem, [&](auto mixed) {
-        with_op(
-            op,
-            [&](auto tag) {
-              using Kernel = Elementwise<Functor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
-              if (auto params = plan_small<M>(problem, V, launcher.small_limit())) {
-                using Short = Small<Functor<decltype(tag)>, T, decltype(mixed)::value>;
-                params->parameter = parameter;
-                return launcher.template elementwise<Short>(*params, ceil_divide(params->count, kThreads), {"small", V, 32});
-              }
-              launch_elementwise<Kernel>(plan_elementwise<M, uint32_t>(problem, V, Kernel::U), op, parameter,
-                                         {"elementwise", V, 32}, launcher);
-            },
-            AllOps{});
+      return with_functor<Functor, T>(problem, op, [&](auto functor, auto mixed) {
+        using F = typename decltype(functor)::type;
+        if (auto params = plan_small<M>(problem, V, launcher.small_limit())) {
+          using Kernel = Small<F, T, decltype(mixed)::value>;
+          params->op = op;
+          params->parameter = parameter;
+          return launcher.template elementwise<Kernel>(*params, ceil_divide(params->count, kThreads), {"small", V, 32});
+        }
+        using Kernel = Elementwise<F, T, decltype(mixed)::value, V, uint32_t>;
+        launch_elementwise<Kernel>(plan_elementwise<M, uint32_t>(problem, V, Kernel::U), op, parameter, {"elementwise", V, 32},
+                                   launcher);
       });
     }
     if (path == Path::Unaligned) {
@@ -149,14 +166,9 @@ bool dispatch_reduction(const Problem& problem, const SumTargets& targets, OpMat
         using Kernel = Reduce<PlainSum, T, false, V, uint32_t>;
         outcome = launch_reduction<Kernel, uint32_t>(problem, targets, parameter, V, launcher);
       } else {
-        with_mixed<T>(problem, [&](auto mixed) {
-          with_op(
-              targets.op,
-              [&](auto tag) {
-                using Kernel = Reduce<BackwardFunctor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
-                outcome = launch_reduction<Kernel, uint32_t>(problem, targets, parameter, V, launcher);
-              },
-              AllOps{});
+        with_functor<BackwardFunctor, T>(problem, targets.op, [&](auto functor, auto mixed) {
+          using Kernel = Reduce<typename decltype(functor)::type, T, decltype(mixed)::value, V, uint32_t>;
+          outcome = launch_reduction<Kernel, uint32_t>(problem, targets, parameter, V, launcher);
         });
       }
     }

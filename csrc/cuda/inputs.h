@@ -12,7 +12,10 @@ namespace safe_inplace::cuda {
 template <class Functor, class T, bool Mixed, int V>
 struct Inputs {
   using M = OpMath<T>;
-  Bits<T, V, false> main, saved;
+  // Beside 16 bits only an operand is float, and, for which there are no vectors, what a hook has put in a kept value's place.
+  static constexpr bool narrow_beside = Mixed && sizeof(T) == 4;
+  Bits<T, V, narrow_beside> main;
+  Bits<T, V, narrow_beside || (Mixed && V == 1)> saved;
   Bits<T, V, Mixed> first, second;
 
   // Unless `Strided`, no tensor is reached element by element.
@@ -85,12 +88,9 @@ struct Inputs {
     if (accessor.mode == AccessMode::Absent || accessor.mode == AccessMode::Number) {
       return;
     }
-    if constexpr (std::decay_t<decltype(std::declval<Inputs&>().*Member)>::mixed) {
-      if (accessor.wide) {
-        return fetch_as<Strided, Member, float>(accessor, live, base, offsets, slot, inputs);
-      }
-    }
-    fetch_as<Strided, Member, T>(accessor, live, base, offsets, slot, inputs);
+    with_bits<T, std::decay_t<decltype(std::declval<Inputs&>().*Member)>::mixed>(accessor.dtype, [&](auto element) {
+      fetch_as<Strided, Member, decltype(element)>(accessor, live, base, offsets, slot, inputs);
+    });
   }
 
   // The branch on the mode is outside, so that the loads of one tensor follow each other.

@@ -31,7 +31,7 @@ struct Accessor {
   uint64_t step = 0; // in elements, between the elements of a vector
   M number{};
   AccessMode mode = AccessMode::Absent;
-  bool wide = false; // float beside a 16-bit dtype
+  DType dtype = DType::Float; // of the tensor
 };
 
 // Element-wise launches. Index `i` is a vector; a block owns `tile` of them.
@@ -57,15 +57,16 @@ struct SmallParams {
   void* data[kSlots] = {};
   uint32_t row_strides[kSlots] = {}; // in elements
   AccessMode modes[kSlots] = {};
-  bool wide[kSlots] = {};
+  DType dtypes[kSlots] = {};
   M numbers[2] = {}; // where First or Second is one
   M parameter{};
+  int op = 0;
   uint32_t count = 0; // of vectors
   FastDivisor<uint32_t> row; // of so many vectors
 };
 
-// As what a sum is stored.
-enum class Store : uint8_t { Accumulator, Narrow, Float };
+// As what a sum is stored: in the dtype of the launch, or of an operand beside it.
+enum class Store : uint8_t { Accumulator, Own, Float, Half, BFloat16 };
 
 // One reduced gradient, or its partial sums.
 struct Sum {
@@ -114,7 +115,7 @@ struct PartialSums {
   uint32_t terms = 0;
   uint32_t log_lanes = 0;
   uint32_t run = 1; // rounds, a power of two
-  Store store = Store::Narrow;
+  Store store = Store::Own;
   OffsetCalculator<uint64_t, 1> offset_calculator;
 };
 

@@ -19,7 +19,8 @@ inline Path choose_path(const Problem& problem, int width, int64_t index_limit) 
     return Path::Vectors;
   }
   const Arg& arg = problem.args[anchor(problem)];
-  if (width > 1 && shape.sizes[0] >= width && shape.numel + width < index_limit && is_contiguous(arg, shape)) {
+  if (width > 1 && shape.sizes[0] >= width && shape.numel + width < index_limit && is_contiguous(arg, shape) &&
+      vectors_take_dtypes(problem)) {
     return Path::Unaligned;
   }
   return Path::Elements;
@@ -69,7 +70,7 @@ std::optional<SmallParams<M>> plan_small(const Problem& problem, int width, int6
     }
     params.data[slot] = accessor.data;
     params.modes[slot] = accessor.mode;
-    params.wide[slot] = accessor.wide;
+    params.dtypes[slot] = accessor.dtype;
     params.row_strides[slot] = shape.ndim == 2 ? uint32_t(stride_of(problem, slot, 1)) : 0;
     if (slot == First || slot == Second) {
       params.numbers[slot - First] = accessor.number;
@@ -102,7 +103,7 @@ ElementwiseParams<M, uint32_t> plan_unaligned(const Problem& problem, int width,
     accessor = make_accessor<M>(problem, slot);
     if (accessor.mode == AccessMode::Elements) {
       const Arg& arg = problem.args[slot];
-      const bool in_step = (position(arg) - int64_t(params.head)) % (16 / item_size(arg)) == 0;
+      const bool in_step = (position(arg) - int64_t(params.head)) % std::min<int64_t>(16 / item_size(arg), width) == 0;
       accessor.step = uint64_t(arg.strides[0]);
       accessor.mode = is_contiguous(arg, shape) && in_step ? AccessMode::Vector
                       : arg.strides[0] == 0                ? AccessMode::Broadcast

@@ -257,7 +257,10 @@ void set_accesses(Reduction<M, I>& plan, const Problem& problem, const SumTarget
 }
 
 inline Store store_of(const Problem& problem, const Arg& target) {
-  return target.dtype == problem.dtype ? Store::Narrow : Store::Float;
+  return target.dtype == problem.dtype  ? Store::Own
+         : target.dtype == DType::Float ? Store::Float
+         : target.dtype == DType::Half  ? Store::Half
+                                        : Store::BFloat16;
 }
 
 // A sum of one term for each result goes where the gradient lies.

@@ -13,8 +13,12 @@ SI_INLINE void store_sum(const Sum& sum, uint64_t offset, M value) {
     return;
   }
   if constexpr (kMayMix<T>) {
-    if (sum.store == Store::Float) {
-      static_cast<float*>(sum.data)[offset] = value;
+    if (sum.store != Store::Own) {
+      const DType dtype = sum.store == Store::Float ? DType::Float : sum.store == Store::Half ? DType::Half : DType::BFloat16;
+      with_element<T, true>(dtype, [&](auto element) {
+        using E = decltype(element);
+        static_cast<E*>(sum.data)[offset] = narrow<E>(value);
+      });
       return;
     }
   }
@@ -188,7 +192,7 @@ struct Reduce {
       } else if (p.accessors[Out0 + out].mode != AccessMode::Absent) {
         M values[V];
         inputs.compute_all(out, p.op, p.parameter, values);
-        store<T>(p.accessors[Out0 + out], base[Out0 + out] + out_offsets[0][out], values);
+        store<T, Mixed>(p.accessors[Out0 + out], base[Out0 + out] + out_offsets[0][out], values);
       }
     }
   }

@@ -49,9 +49,9 @@ constexpr int64_t kIndexLimit = int64_t(1) << 31;
 template <class T>
 inline constexpr int kVector = 16 / sizeof(T);
 
-// A 16-bit element may stand beside float operands.
+// A 16-bit element may stand beside float operands, and a float beside operands of 16 bits.
 template <class T>
-inline constexpr bool kMayMix = sizeof(T) == 2;
+inline constexpr bool kMayMix = sizeof(T) == 2 || std::is_same_v<T, float>;
 
 // Vectors that a thread has in flight. More would cost so many registers that fewer threads fit.
 template <class T, bool Mixed, int V>

@@ -40,6 +40,8 @@ const Backend backend{
     c10::DeviceType::CPU,
     [](const ForwardPlan& plan) { with_dtype(plan.dtype, [&]<class T>(T) { forward<T>(plan); }); },
     [](const BackwardPlan& plan) { with_dtype(plan.dtype, [&]<class T>(T) { backward<T>(plan); }); },
+    nullptr,
+    /*takes_narrower=*/true,
 };
 
 // Returns what was set before.
