@@ -18,7 +18,7 @@ from safe_inplace import _C
 from .checks import assert_bit_equal, assert_close, assert_storage_bit_equal, grad_tolerance
 from .layouts import KERNEL_DTYPES, LARGE, MEDIUM, SMALL, TAILS, arrange, random_tensor, short, twin
 from .op_table import BY_NAME, EXACT, FUSED, OPS
-from .simulator import launches, simulated
+from .simulator import launches, readings, simulated
 from .test_reductions import MOST_UNITS, units_off
 from .test_values import check
 
@@ -30,6 +30,16 @@ VECTOR = {dtype: 16 // dtype.itemsize for dtype in KERNEL_DTYPES}
 @pytest.fixture
 def device_code():
     with simulated():
+        yield
+
+
+# Calls as small as those of most tests have kernels of their own: here they take those of large ones.
+AS_LARGE = {"small_limit": 0}
+
+
+@pytest.fixture(params=[{}, AS_LARGE], ids=["small", "as-large"])
+def any_size(request):
+    with simulated(**request.param):
         yield
 
 
@@ -60,18 +70,18 @@ def operand_shape(shape, kind):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_values_of_every_layout(op, dtype, device_code):
+def test_values_of_every_layout(op, dtype, any_size):
     for layout in SMALL + MEDIUM + TAILS:
         tensors = layout.tensors(len(op.operands), dtype)
         launches()
         check(op, *tensors, **op.parameters(-1))
         if tensors[0].numel() and takes_kernel(op, dtype):
-            assert [launch["kernel"] for launch in launches()] in (["elementwise"], ["unaligned"]), layout
+            assert [launch["kernel"] for launch in launches()] in (["small"], ["elementwise"], ["unaligned"]), layout
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_values_at_the_edges_of_vectors(op, dtype, device_code):
+def test_values_at_the_edges_of_vectors(op, dtype, any_size):
     for shape, slack, kind in EDGES:
         operands = [random_tensor(operand_shape(shape, kind), dtype) for _ in op.operands]
         check(op, edge_tensor(shape, slack, dtype), *operands)
@@ -82,7 +92,7 @@ def test_values_at_the_edges_of_vectors(op, dtype, device_code):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("op", OPS, **op_ids)
-def test_float_operands_beside_a_16_bit_input(op, dtype, device_code):
+def test_float_operands_beside_a_16_bit_input(op, dtype, any_size):
     pairs = itertools.product([dtype, torch.float32], repeat=len(op.operands))
     for dtypes, (shape, slack, kind) in itertools.product(pairs, EDGES):
         operands = [random_tensor(operand_shape(shape, kind), d) for d in dtypes]
@@ -92,6 +102,69 @@ def test_float_operands_beside_a_16_bit_input(op, dtype, device_code):
     for dtypes in itertools.product([dtype, torch.float32, None], repeat=len(op.operands)):
         operands = [1.25 if d is None else random_tensor((24,), d) for d in dtypes]
         check(op, random_tensor((3, 24), dtype), *operands)
+
+
+# A branch of 16 bits beside float32, as autocast makes it, in every place; and both kinds of 16 bits beside each other.
+BESIDE = [
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32, torch.float16),
+    (torch.float32, torch.float16, torch.bfloat16),
+    (torch.float16, torch.float32, torch.float16),
+    (torch.float16, torch.bfloat16, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("dtypes", BESIDE, ids=lambda dtypes: "_".join(map(short, dtypes)))
+@pytest.mark.parametrize("op", OPS, **op_ids)
+def test_16_bits_beside_float(op, dtypes, any_size):
+    """Forward and backward, out of place, and in place where the input is float32."""
+    dtypes = dtypes[: 1 + len(op.operands)]
+    for shape, slack, kind in EDGES:
+        kinds = ["last", kind][: len(op.operands)]
+        operands = [random_tensor(operand_shape(shape, k), d) for k, d in zip(kinds, dtypes[1:], strict=True)]
+        tensors = [edge_tensor(shape, slack, dtypes[0]), *operands]
+        expected = op.exact(*tensors)
+        result_dtype = op.reference(*tensors).dtype
+        grad_output = edge_tensor(shape, slack, result_dtype)
+        exact = [t.double().requires_grad_() for t in tensors]
+        expected_grads = torch.autograd.grad(op.reference(*exact), exact, grad_output.double())
+        in_place = [dtypes[0] == torch.float32] if len(set(dtypes)) > 1 else []
+        for function in [op.functional, *([op.function] if in_place == [True] else [])]:
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            input = leaves[0] if function is op.functional else leaves[0].clone(memory_format=torch.preserve_format)
+            launches()
+            result = function(input, *leaves[1:])
+            if result_dtype == torch.float32 or len(set(dtypes)) == 1:
+                assert launches()
+            assert result.dtype == result_dtype
+            assert_close(result, expected, 4 * torch.finfo(result_dtype).eps)
+            launches()
+            grads = torch.autograd.grad(result, leaves, grad_output)
+            assert launches() or op.name == "add_"
+            for grad, right, leaf in zip(grads, expected_grads, leaves, strict=True):
+                assert grad.dtype == leaf.dtype
+                terms = max(tensors[0].numel() // grad.numel(), 1)
+                coarse = max(dtypes, key=lambda d: torch.finfo(d).eps)
+                assert_close(grad, right, grad_tolerance(coarse, terms) * math.sqrt(terms))
+
+
+@pytest.mark.parametrize("dtype, unpacked", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=short)
+@pytest.mark.parametrize("op", [op for op in OPS if op.name not in ("add_", "addcmul_")], **op_ids)
+def test_a_kept_value_that_comes_back_in_another_dtype(op, dtype, unpacked, any_size):
+    """Hooks may hand back what they like."""
+    for shape, operand in [((8, 64), (64,)), ((8, 64), (8, 64)), ((7, 49), (49,)), ((3000, 96), (96,)), ((1037,), (1037,))]:
+        tensors = [random_tensor(shape, torch.bfloat16), *(random_tensor(operand, torch.bfloat16) for _ in op.operands)]
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to(unpacked), lambda t: t):
+            result = op.function(leaves[0].clone(), *leaves[1:])
+        grad_output = random_tensor(shape, dtype)
+        actual = torch.autograd.grad(result, leaves, grad_output)
+        exact = [t.double().requires_grad_() for t in tensors]
+        expected = torch.autograd.grad(op.reference(*exact), exact, grad_output.double())
+        for a, e in zip(actual, expected, strict=True):
+            terms = grad_output.numel() // a.numel()
+            assert_close(a, e, grad_tolerance(torch.bfloat16, terms) * math.sqrt(terms))
 
 
 def compare_backward(op, tensors, grad_output, parameter, wanted, owned, simulation):
@@ -132,8 +205,8 @@ def test_gradients_of_every_layout(op, dtype):
         grad_output = random_tensor(layout.shape, dtype)
         for wanted in itertools.product([True, False], repeat=len(tensors)):
             if any(wanted):
-                for owned in (False, True):
-                    compare_backward(op, tensors, grad_output, op.parameters(-0.75), wanted, owned, {})
+                for owned, simulation in itertools.product((False, True), ({}, AS_LARGE)):
+                    compare_backward(op, tensors, grad_output, op.parameters(-0.75), wanted, owned, simulation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex128], ids=short)
@@ -146,7 +219,8 @@ def test_gradients_at_the_edges_of_vectors(op, dtype):
         for owned in (False, True):
             compare_backward(op, tensors, grad_output, {}, [True] * len(tensors), owned, {})
             frozen = [True] + [False] * len(op.operands)
-            compare_backward(op, tensors, grad_output, {}, frozen, owned, {})
+            for simulation in ({}, AS_LARGE):
+                compare_backward(op, tensors, grad_output, {}, frozen, owned, simulation)
 
 
 @pytest.mark.parametrize("op", OPS, **op_ids)
@@ -196,9 +270,9 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64], ids=short)
-def test_large_reductions(name, dtype):
+@pytest.mark.parametrize("op", [BY_NAME["mul_add_"], BY_NAME["addcmul_"]], **op_ids)
+def test_large_reductions(op, name, dtype):
     shape, small = REDUCTIONS[name]
-    op = BY_NAME["mul_add_"]
     tensors = [random_tensor(s, dtype) for s in (shape, small, small)]
     grad_output = random_tensor(shape, dtype)
     wanted = [True] * 3
@@ -210,8 +284,9 @@ def test_large_reductions(name, dtype):
         for a, b in zip(plain, again, strict=True):
             assert_bit_equal(a, b)
     # Alone, a sum has the bits that it has beside one of the same pattern.
-    (alone,), _ = compare_backward(op, tensors, grad_output, {}, [False, True, False], False, {})
-    assert_bit_equal(alone, plain[1])
+    for i in (1, 2):
+        (alone,), _ = compare_backward(op, tensors, grad_output, {}, [n == i for n in range(3)], False, {})
+        assert_bit_equal(alone, plain[i])
     # 64-bit indices: other launches, the same gradients to rounding.
     _, seen = compare_backward(op, tensors, grad_output, {}, wanted, False, {"index_limit": 1})
     assert {launch["index_bits"] for launch in seen} == {64}
@@ -243,6 +318,70 @@ def test_operands_of_different_patterns(op, name):
             _, seen = compare_backward(op, tensors, grad_output, {}, [True] * len(tensors), owned, {})
             reductions = [launch for launch in seen if launch["kernel"] == "reduce"]
             assert len(reductions) == 1, "one reading of the gradient"
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
+@pytest.mark.parametrize("op", OPS, **op_ids)
+def test_the_gradient_is_read_once(op, dtype, device_code):
+    alike = [(shape, small, small) for shape, small in REDUCTIONS.values()]
+    share_a_loop = [row for name, row in MIXED_REDUCTIONS.items() if name != "rows and columns of nothing common"]
+    for shape, *small in [*alike, *share_a_loop]:
+        leaves = [random_tensor(s, dtype).requires_grad_() for s in (shape, *small[: len(op.operands)])]
+        grad_output = random_tensor(shape, dtype)
+        result = op.function(leaves[0].clone(), *leaves[1:], **op.parameters(-0.75))
+        with readings(grad_output) as count:
+            torch.autograd.grad(result, leaves, grad_output)
+        assert set(count) == {1} or not takes_kernel(op, dtype), (shape, small)
+
+
+@pytest.mark.parametrize("name", ["add_mul_", "mul_add_", "addcmul_"])
+def test_two_sums_of_many_columns_are_one_reading(name):
+    """Each chunk of the loop adds a row of partial sums to both: what they may take is for the two together."""
+    shape, small = (20_000, 512), (512,)
+    tensors = [random_tensor(s, torch.bfloat16).requires_grad_() for s in (shape, small, small)]
+    result = BY_NAME[name].function(tensors[0].clone(), *tensors[1:])
+    with simulated():
+        torch.autograd.grad(result, tensors, random_tensor(shape, torch.bfloat16))
+        reduce, partials = launches()
+    assert (reduce["kernel"], partials["kernel"]) == ("reduce", "reduce_partials")
+    assert 2**19 < reduce["workspace"] <= 2**20
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=short)
+@pytest.mark.parametrize("shape, small", REDUCTIONS.values(), ids=REDUCTIONS)
+def test_a_factor_common_to_all_terms_multiplies_the_sum(shape, small, dtype):
+    """Rounded once, where a product for each term would round with each; and read once for each sum, not for each term."""
+    value = complex(1 / 3, 1 / 7) if dtype.is_complex else 1 / 3
+    x, ones = torch.ones(shape, dtype=dtype), torch.ones(small, dtype=dtype)
+    factor = torch.full(small, value, dtype=dtype)
+    terms = x.numel() // factor.numel()
+    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(dtype, dtype)
+    expected = (terms * factor.to(wide).conj()).to(dtype)
+    with simulated(target_blocks=1):
+        for name, operands, wanted in [
+            ("addcmul_", (ones, factor), 0),
+            ("addcmul_", (factor, ones), 1),
+            ("add_mul_", (ones, factor), 0),
+        ]:
+            op = BY_NAME[name]
+            leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(operands)]
+            result = op.function(x.clone(), *leaves)
+            with readings(leaves[1 - wanted].detach()) as count:
+                (actual,) = torch.autograd.grad(result, leaves[wanted], x)
+            assert_bit_equal(actual, expected)
+            assert set(count) == {1} or not small  # on the CPU a 0-dim tensor is a number
+
+
+def test_a_common_factor_that_is_no_tensor_of_the_sums_dtype(device_code):
+    """A number, and float32 beside 16 bits."""
+    grad_output = random_tensor((3000, 96), torch.bfloat16)
+    exact = grad_output.double().sum(0)
+    for factor in (1.0009765625 / 3, random_tensor((96,), torch.float32), random_tensor((), torch.bfloat16)):
+        x = torch.zeros(3000, 96, dtype=torch.bfloat16)
+        tensor1 = torch.ones(96, requires_grad=True)
+        result = BY_NAME["addcmul_"].function(x, tensor1, factor, value=0.75)
+        (actual,) = torch.autograd.grad(result, tensor1, grad_output)
+        assert_close(actual, exact * factor * 0.75, 4 * torch.finfo(torch.float32).eps * 55)
 
 
 # Shape, operands, and how many blocks are aimed at: few, so that a thread adds up as much as it would of gigabytes.
@@ -289,11 +428,11 @@ def test_order_of_threads_and_width_of_indices_change_no_bit(op):
     for layout, dtype in itertools.product(MEDIUM + LARGE[:2], [torch.bfloat16, torch.float32, torch.complex128]):
         tensors = layout.tensors(len(op.operands), dtype)
         results = []
-        for simulation in ({}, {"reversed": True}, {"index_limit": 1}):
+        for simulation in ({}, {"reversed": True}, {"index_limit": 1}, AS_LARGE, AS_LARGE | {"reversed": True}):
             with simulated(**simulation):
                 results.append(op.function(twin(tensors[0]), *tensors[1:]))
-        assert_storage_bit_equal(results[1], results[0])
-        assert_storage_bit_equal(results[2], results[0])
+        for result in results[1:]:
+            assert_storage_bit_equal(result, results[0])
 
 
 @pytest.mark.parametrize("op", EXACT, **op_ids)
@@ -335,16 +474,40 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("dtype", T, ids=short)
-def test_forward_path_of_real_layouts(name, dtype, device_code):
+def test_forward_path_of_real_layouts(name, dtype):
     shape, memory, small, kernel = REAL[name]
     x, operand = arrange(memory, shape, dtype), random_tensor(small, dtype)
-    launches()
-    BY_NAME["addcmul_"].function(x, operand, operand)
-    (launch,) = launches()
+    with simulated(**AS_LARGE):
+        BY_NAME["addcmul_"].function(x, operand, operand)
+        (launch,) = launches()
     assert launch["index_bits"] == 32
     assert launch["vector"] == VECTOR[dtype]
     rows_divide = math.prod(shape) % VECTOR[dtype] == 0 and kernel == "elementwise"
     assert launch["kernel"] == ("elementwise" if rows_divide or VECTOR[dtype] == 1 else kernel)
+
+
+# At most two dimensions are left of them once they are merged.
+SMALL_LAYOUTS = ["full", "last-dim vector", "per channel, channels_last", "positions", "scalar tensor", "per sample, NCHW"]
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("dtype", T, ids=short)
+def test_the_short_kernel_takes_small_calls(name, dtype):
+    """Same shapes, vectors and numbers; the other takes over where it is no longer small."""
+    shape, memory, small, _ = REAL[name]
+    x, operand = arrange(memory, shape, dtype), random_tensor(small, dtype)
+    expected = x.clone(memory_format=torch.preserve_format)
+    with simulated(**AS_LARGE):
+        BY_NAME["addcmul_"].function(expected, operand, 0.25, value=-3)
+        (large,) = launches()
+    vectors = x.numel() // VECTOR[dtype]
+    for limit, short_one in ((vectors + 1, name in SMALL_LAYOUTS and VECTOR[dtype] > 1), (vectors, False)):
+        actual = x.clone(memory_format=torch.preserve_format)
+        with simulated(small_limit=limit):
+            BY_NAME["addcmul_"].function(actual, operand, 0.25, value=-3)
+            (launch,) = launches()
+        assert_bit_equal(actual, expected)
+        assert launch["kernel"] == ("small" if short_one else large["kernel"])
 
 
 @pytest.mark.parametrize("name", [name for name, row in REAL.items() if row[3] == "elementwise" and name != "full"])
@@ -436,7 +599,20 @@ def test_no_kernel_uses_local_memory():
     assert len(usage) > 100
     for name, registers, stack, local in usage:
         assert (stack, local) == ("0", "0"), name
-        assert int(registers) <= 128, name
+        assert int(registers) <= (48 if "5SmallI" in name else 64 if "8PlainSum" in name else 128), name
+
+
+@machine_code
+def test_the_short_kernels_have_few_parameters():
+    """Next to those of the kernel that they stand in for; what every kernel finds beside them depends on the architecture."""
+    pattern = r"Function \S*(Small|Elementwise)(I\S*Functor\S*):[^:]*:\d+ STACK:\d+ SHARED:\d+ LOCAL:\d+ CONSTANT\[0\]:(\d+)"
+    constants = {kernel: {} for kernel in ("Small", "Elementwise")}
+    for kernel, arguments, constant in re.findall(pattern, cuobjdump("--dump-resource-usage")):
+        constants[kernel].setdefault(re.match(r"I\S*?Lb\d", arguments)[0], set()).add(int(constant))
+    assert len(constants["Small"]) > 50
+    for arguments, sizes in constants["Small"].items():
+        assert max(constants["Elementwise"][arguments]) - max(sizes) >= 512, arguments
+        assert min(constants["Elementwise"][arguments]) - min(sizes) >= 512, arguments
 
 
 @machine_code
@@ -444,8 +620,8 @@ def test_vector_kernels_access_16_bytes_at_a_time():
     *_, architecture = re.findall(r"(\d+)\.(\d+)", _C.build_info()["cuda_archs"])
     functions = cuobjdump("-sass", "-arch", "sm_" + "".join(architecture)).split("Function : ")[1:]
     code = {text.split(None, 1)[0]: text for text in functions if "safe_inplace4cuda" in text.split(None, 1)[0]}
-    # Elementwise and Reduce of one op, and Unaligned; the others go element by element.
-    vectors = [name for name in code if re.search(r"(?:Forward|Backward)FunctorINS_|UnalignedINS0_", name)]
+    # Those of one op, PlainSum and Unaligned; the others go element by element.
+    vectors = [name for name in code if re.search(r"(?:Forward|Backward)FunctorINS_|UnalignedINS0_|PlainSum.*Lb0ELi[248]E", name)]
     assert len(vectors) > 80
     for name in vectors:
         assert "LDG.E.128" in code[name], name

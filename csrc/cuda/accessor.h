@@ -6,6 +6,7 @@
 
 #if !defined(__CUDACC__)
 #include <stdexcept>
+#include <vector>
 #endif
 
 namespace safe_inplace::cuda {
@@ -18,8 +19,27 @@ SI_INLINE void check_alignment([[maybe_unused]] const void* address, [[maybe_unu
 #endif
 }
 
+#if !defined(__CUDACC__)
+// Memory whose loads a test counts, byte by byte.
+struct Watched {
+  uintptr_t begin = 0;
+  std::vector<uint8_t> loads;
+};
+inline Watched watched;
+#endif
+
+SI_INLINE void check_load(const void* address, int bytes) {
+  check_alignment(address, bytes);
+#if !defined(__CUDACC__)
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address) - watched.begin;
+  for (size_t i = 0; at < watched.loads.size() && i < size_t(bytes); ++i) {
+    ++watched.loads[at + i];
+  }
+#endif
+}
+
 SI_INLINE void load_16_bytes(const char* address, uint32_t* words) {
-  check_alignment(address, 16);
+  check_load(address, 16);
 #if defined(__CUDA_ARCH__)
   const uint4 bits = *reinterpret_cast<const uint4*>(address);
   words[0] = bits.x;
@@ -28,6 +48,17 @@ SI_INLINE void load_16_bytes(const char* address, uint32_t* words) {
   words[3] = bits.w;
 #else
   memcpy(words, address, 16);
+#endif
+}
+
+SI_INLINE void load_8_bytes(const char* address, uint32_t* words) {
+  check_load(address, 8);
+#if defined(__CUDA_ARCH__)
+  const uint2 bits = *reinterpret_cast<const uint2*>(address);
+  words[0] = bits.x;
+  words[1] = bits.y;
+#else
+  memcpy(words, address, 8);
 #endif
 }
 
@@ -40,7 +71,69 @@ SI_INLINE void store_16_bytes(char* address, const uint32_t* words) {
 #endif
 }
 
-// The bits of V elements of T, or of float where `Mixed` lets an accessor be wide.
+SI_INLINE void store_8_bytes(char* address, const uint32_t* words) {
+  check_alignment(address, 8);
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<uint2*>(address) = make_uint2(words[0], words[1]);
+#else
+  memcpy(address, words, 8);
+#endif
+}
+
+// A vector of 16 bytes, of 32 (float beside 16 bits), or of 8 (the other way round).
+template <int Bytes>
+SI_INLINE void load_bytes(const char* address, uint32_t* words) {
+  if constexpr (Bytes == 8) {
+    load_8_bytes(address, words);
+  } else {
+    SI_UNROLL
+    for (int b = 0; b < Bytes / 16; ++b) {
+      load_16_bytes(address + 16 * b, words + 4 * b);
+    }
+  }
+}
+
+template <int Bytes>
+SI_INLINE void store_bytes(char* address, const uint32_t* words) {
+  if constexpr (Bytes == 8) {
+    store_8_bytes(address, words);
+  } else {
+    SI_UNROLL
+    for (int b = 0; b < Bytes / 16; ++b) {
+      store_16_bytes(address + 16 * b, words + 4 * b);
+    }
+  }
+}
+
+// Calls visit with an element of the dtype, which is that of T or, where `Mixed`, of what stands beside it.
+template <class T, bool Mixed, class Visit>
+SI_INLINE void with_element([[maybe_unused]] DType dtype, const Visit& visit) {
+  if constexpr (Mixed && sizeof(T) == 2) {
+    if (dtype == DType::Float) {
+      return visit(float{});
+    }
+  } else if constexpr (Mixed) {
+    if (dtype == DType::Half) {
+      return visit(Half{});
+    }
+    if (dtype == DType::BFloat16) {
+      return visit(BFloat16{});
+    }
+  }
+  visit(T{});
+}
+
+// The same where only the bits matter: all elements of 16 bits are one.
+template <class T, bool Mixed, class Visit>
+SI_INLINE void with_bits(DType dtype, const Visit& visit) {
+  if constexpr (Mixed && sizeof(T) == 4) {
+    dtype == DType::Float ? visit(float{}) : visit(Half{});
+  } else {
+    with_element<T, Mixed>(dtype, visit);
+  }
+}
+
+// The bits of V elements of T, or of V floats where `Mixed` lets an accessor be of another dtype.
 template <class T, int V, bool Mixed>
 struct Bits {
   static constexpr bool mixed = Mixed;
@@ -74,7 +167,7 @@ SI_INLINE void put_element(uint32_t* words, int j, T value) {
 template <class T>
 SI_INLINE T load_element(const void* data, uint64_t offset) {
   const T* address = static_cast<const T*>(data) + offset;
-  check_alignment(address, sizeof(T));
+  check_load(address, sizeof(T));
   return *address;
 }
 
@@ -89,10 +182,7 @@ template <class T, int V, AccessMode mode, class M>
 SI_INLINE void fetch_as(const Accessor<M>& accessor, uint64_t offset, uint32_t* words) {
   if constexpr (V > 1 && mode == AccessMode::Vector) {
     const char* address = static_cast<const char*>(accessor.data) + offset * sizeof(T);
-    SI_UNROLL
-    for (int b = 0; b < V * int(sizeof(T)) / 16; ++b) {
-      load_16_bytes(address + 16 * b, words + 4 * b);
-    }
+    load_bytes<V* int(sizeof(T))>(address, words);
   } else if constexpr (V == 1 || mode == AccessMode::Broadcast) {
     put_element(words, 0, load_element<T>(accessor.data, offset));
   } else {
@@ -120,19 +210,20 @@ SI_INLINE void settle(const Accessor<M>& accessor, Bits<T, V, Mixed>& bits) {
     return;
   }
   if constexpr (Mixed) {
-    if (!accessor.wide) {
-      // From the end: a float takes the place of two elements.
-      const T same = element_of<T>(bits.words, 0);
-      SI_UNROLL
-      for (int j = V - 1; j >= 0; --j) {
-        put_element(bits.words, j, float(widen(accessor.mode == AccessMode::Broadcast ? same : element_of<T>(bits.words, j))));
-      }
-    } else if (V > 1 && accessor.mode == AccessMode::Broadcast) {
-      SI_UNROLL
-      for (int j = 1; j < V; ++j) {
-        bits.words[j] = bits.words[0];
-      }
+    if (accessor.mode == AccessMode::Absent) {
+      return;
     }
+    with_element<T, true>(accessor.dtype, [&](auto element) {
+      using E = decltype(element);
+      if (sizeof(E) == 2 || (V > 1 && accessor.mode == AccessMode::Broadcast)) {
+        // From the end: a float takes the place of two elements.
+        const E same = element_of<E>(bits.words, 0);
+        SI_UNROLL
+        for (int j = V - 1; j >= 0; --j) {
+          put_element(bits.words, j, float(widen(accessor.mode == AccessMode::Broadcast ? same : element_of<E>(bits.words, j))));
+        }
+      }
+    });
   } else if (V > 1 && accessor.mode == AccessMode::Broadcast) {
     const T same = element_of<T>(bits.words, 0);
     SI_UNROLL
@@ -151,6 +242,27 @@ SI_INLINE OpMath<T> settled(const Bits<T, V, Mixed>& bits, int j) {
   }
 }
 
+// One vector, whatever the mode.
+template <class T, int V, bool Mixed, class M>
+SI_INLINE Bits<T, V, Mixed> load(const Accessor<M>& accessor, uint64_t offset) {
+  Bits<T, V, Mixed> bits = {};
+  const auto fetch = [&](auto tag) {
+    using E = decltype(tag);
+    if (V == 1 || accessor.mode == AccessMode::Vector) {
+      fetch_as<E, V, AccessMode::Vector>(accessor, offset, bits.words);
+    } else if (accessor.mode == AccessMode::Broadcast) {
+      fetch_as<E, V, AccessMode::Broadcast>(accessor, offset, bits.words);
+    } else {
+      fetch_as<E, V, AccessMode::Elements>(accessor, offset, bits.words);
+    }
+  };
+  if (accessor.mode != AccessMode::Number) {
+    with_bits<T, Mixed>(accessor.dtype, fetch);
+  }
+  settle(accessor, bits);
+  return bits;
+}
+
 template <class T, int V, class M>
 SI_INLINE void store_as(const Accessor<M>& accessor, uint64_t offset, const M (&values)[V]) {
   if (V > 1 && accessor.mode == AccessMode::Vector) {
@@ -160,10 +272,7 @@ SI_INLINE void store_as(const Accessor<M>& accessor, uint64_t offset, const M (&
       put_element(words, j, narrow<T>(values[j]));
     }
     char* address = static_cast<char*>(accessor.data) + offset * sizeof(T);
-    SI_UNROLL
-    for (int b = 0; b < V * int(sizeof(T)) / 16; ++b) {
-      store_16_bytes(address + 16 * b, words + 4 * b);
-    }
+    store_bytes<V* int(sizeof(T))>(address, words);
   } else {
     SI_UNROLL
     for (int j = 0; j < V; ++j) {
@@ -172,15 +281,11 @@ SI_INLINE void store_as(const Accessor<M>& accessor, uint64_t offset, const M (&
   }
 }
 
-template <class T, int V, class M>
+template <class T, bool Mixed, int V, class M>
 SI_INLINE void store(const Accessor<M>& accessor, uint64_t offset, const M (&values)[V]) {
-  if constexpr (kMayMix<T>) {
-    if (accessor.wide) {
-      store_as<float, V>(accessor, offset, values);
-      return;
-    }
-  }
-  store_as<T, V>(accessor, offset, values);
+  // Operands that are not read do not make a launch Mixed, and their gradients may be float beside 16 bits all the same.
+  with_element<T, Mixed || sizeof(T) == 2>(accessor.dtype,
+                                           [&](auto element) { store_as<decltype(element), V>(accessor, offset, values); });
 }
 
 } // namespace safe_inplace::cuda

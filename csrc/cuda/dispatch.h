@@ -1,7 +1,7 @@
 // From a plan to launches: the choice among the kernels, for any launcher: the device's, and the simulator's. A launcher has
 //   elementwise<Kernel>(params, blocks, Trace), reduce<Kernel>(params, blocks, Trace),
 //   workspace(bytes): memory that lives as long as the value it returns, with .data(),
-//   index_limit(), target_blocks().
+//   index_limit(), small_limit(), target_blocks(preferred).
 #pragma once
 
 #include <type_traits>
@@ -24,15 +24,35 @@ inline bool any_wide(const Problem& problem) {
   return false;
 }
 
-// Calls function(std::bool_constant<Mixed>) with Mixed true where an operand is wide.
-template <class T, class Function>
-void with_mixed(const Problem& problem, Function&& function) {
-  if constexpr (kMayMix<T>) {
-    if (any_wide(problem)) {
-      return function(std::true_type{});
+// Beside float.
+inline bool any_narrow(const Problem& problem) {
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (is_tensor(problem, slot) && problem.args[slot].dtype != problem.dtype) {
+      return true;
     }
   }
-  function(std::false_type{});
+  return false;
+}
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// Calls visit with a functor, and whether it is Mixed: an instance for each op, but where 16 bits stand beside float, where one
+// serves all ops.
+template <template <class> class Functor, class T, class Visit>
+void with_functor(const Problem& problem, int op, const Visit& visit) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (any_narrow(problem)) {
+      return visit(Tag<AnyOp<Functor>>{}, std::true_type{});
+    }
+  } else if constexpr (kMayMix<T>) {
+    if (any_wide(problem)) {
+      return with_op(op, [&](auto tag) { visit(Tag<Functor<decltype(tag)>>{}, std::true_type{}); }, AllOps{});
+    }
+  }
+  with_op(op, [&](auto tag) { visit(Tag<Functor<decltype(tag)>>{}, std::false_type{}); }, AllOps{});
 }
 
 template <class Kernel, class Launcher>
@@ -60,15 +80,17 @@ void dispatch_elementwise(const Problem& problem, int op, OpMath<T> parameter, L
   }
   if constexpr (V > 1) {
     if (path == Path::Vectors) {
-      return with_mixed<T>(problem, [&](auto mixed) {
-        with_op(
-            op,
-            [&](auto tag) {
-              using Kernel = Elementwise<Functor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
-              launch_elementwise<Kernel>(plan_elementwise<M, uint32_t>(problem, V, Kernel::U), op, parameter,
-                                         {"elementwise", V, 32}, launcher);
-            },
-            AllOps{});
+      return with_functor<Functor, T>(problem, op, [&](auto functor, auto mixed) {
+        using F = typename decltype(functor)::type;
+        if (auto params = plan_small<M>(problem, V, launcher.small_limit())) {
+          using Kernel = Small<F, T, decltype(mixed)::value>;
+          params->op = op;
+          params->parameter = parameter;
+          return launcher.template elementwise<Kernel>(*params, ceil_divide(params->count, kThreads), {"small", V, 32});
+        }
+        using Kernel = Elementwise<F, T, decltype(mixed)::value, V, uint32_t>;
+        launch_elementwise<Kernel>(plan_elementwise<M, uint32_t>(problem, V, Kernel::U), op, parameter, {"elementwise", V, 32},
+                                   launcher);
       });
     }
     if (path == Path::Unaligned) {
@@ -105,18 +127,19 @@ void dispatch_forward(const ForwardPlan& plan, Launcher& launcher) {
 enum class Outcome { Done, TooMuchMemory, IndexTooNarrow };
 
 template <class Kernel, class I, class Launcher>
-Outcome launch_reduction(const Problem& problem, const SumTargets& targets, int op, typename Kernel::M parameter, int width,
+Outcome launch_reduction(const Problem& problem, const SumTargets& targets, typename Kernel::M parameter, int width,
                          Launcher& launcher) {
   using T = typename Kernel::Element;
   const int64_t limit = launcher.index_limit();
-  auto plan = plan_reduction<T, I>(problem, targets, width, Kernel::U, launcher.target_blocks());
+  auto plan =
+      plan_reduction<T, I>(problem, targets, width, Kernel::U, launcher.target_blocks(preferred_blocks(problem, targets.op)));
   if (sizeof(I) == 4 && !(plan.largest < limit && strides_fit(problem, width, limit))) {
     return Outcome::IndexTooNarrow;
   }
   if (targets.wanted[0] && targets.wanted[1] && plan.workspace > workspace_budget(problem)) {
     return Outcome::TooMuchMemory;
   }
-  plan.params.op = op;
+  plan.params.op = targets.op;
   plan.params.parameter = parameter;
   auto workspace = launcher.workspace(plan.workspace);
   for (int i = 0; i < 2; ++i) {
@@ -134,29 +157,32 @@ Outcome launch_reduction(const Problem& problem, const SumTargets& targets, int 
 
 // One reading of the gradient; false where two sums would need too much memory for it.
 template <class T, class Launcher>
-bool dispatch_reduction(const Problem& problem, const SumTargets& targets, int op, OpMath<T> parameter, Launcher& launcher) {
+bool dispatch_reduction(const Problem& problem, const SumTargets& targets, OpMath<T> parameter, Launcher& launcher) {
   constexpr int V = kVector<T>;
   Outcome outcome = Outcome::IndexTooNarrow;
   if constexpr (V > 1) {
     if (rows_take_vectors(problem, V)) {
-      with_mixed<T>(problem, [&](auto mixed) {
-        with_op(
-            op,
-            [&](auto tag) {
-              using Kernel = Reduce<BackwardFunctor<decltype(tag)>, T, decltype(mixed)::value, V, uint32_t>;
-              outcome = launch_reduction<Kernel, uint32_t>(problem, targets, op, parameter, V, launcher);
-            },
-            AllOps{});
-      });
+      if (sums_plainly(problem, targets, V)) {
+        using Kernel = Reduce<PlainSum, T, false, V, uint32_t>;
+        outcome = launch_reduction<Kernel, uint32_t>(problem, targets, parameter, V, launcher);
+      } else {
+        with_functor<BackwardFunctor, T>(problem, targets.op, [&](auto functor, auto mixed) {
+          using Kernel = Reduce<typename decltype(functor)::type, T, decltype(mixed)::value, V, uint32_t>;
+          outcome = launch_reduction<Kernel, uint32_t>(problem, targets, parameter, V, launcher);
+        });
+      }
     }
   }
-  if (outcome == Outcome::IndexTooNarrow) {
+  if (outcome == Outcome::IndexTooNarrow && sums_plainly(problem, targets, 1)) {
+    using Kernel = Reduce<PlainSum, T, false, 1, uint32_t>;
+    outcome = launch_reduction<Kernel, uint32_t>(problem, targets, parameter, 1, launcher);
+  } else if (outcome == Outcome::IndexTooNarrow) {
     using Kernel = Reduce<AnyOp<BackwardFunctor>, T, kMayMix<T>, 1, uint32_t>;
-    outcome = launch_reduction<Kernel, uint32_t>(problem, targets, op, parameter, 1, launcher);
+    outcome = launch_reduction<Kernel, uint32_t>(problem, targets, parameter, 1, launcher);
   }
   if (outcome == Outcome::IndexTooNarrow) {
     using Kernel = Reduce<AnyOp<BackwardFunctor>, T, kMayMix<T>, 1, uint64_t>;
-    outcome = launch_reduction<Kernel, uint64_t>(problem, targets, op, parameter, 1, launcher);
+    outcome = launch_reduction<Kernel, uint64_t>(problem, targets, parameter, 1, launcher);
   }
   return outcome == Outcome::Done;
 }
@@ -196,6 +222,7 @@ void dispatch_backward(const BackwardPlan& plan, Launcher& launcher) {
     return;
   }
   SumTargets targets;
+  targets.op = plan.op;
   for (int i = 0; i < 2; ++i) {
     targets.args[i] = plan.grads[i + 1];
     targets.wanted[i] = all[i + 1] && plan.reduced[i + 1];
@@ -203,15 +230,15 @@ void dispatch_backward(const BackwardPlan& plan, Launcher& launcher) {
   if (!targets.wanted[0] && !targets.wanted[1]) {
     return dispatch_elementwise<BackwardFunctor, T>(backward_problem(plan, all), plan.op, parameter, launcher);
   }
-  if (dispatch_reduction<T>(backward_problem(plan, all), targets, plan.op, parameter, launcher)) {
+  if (dispatch_reduction<T>(backward_problem(plan, all), targets, parameter, launcher)) {
     return;
   }
   // Two patterns of reduction with little in common: the gradient is read twice. What may overwrite it comes last.
   SumTargets first = targets, second = targets;
   first.wanted[1] = false;
   second.wanted[0] = false;
-  dispatch_reduction<T>(backward_problem(plan, {false, true, false}), first, plan.op, parameter, launcher);
-  dispatch_reduction<T>(backward_problem(plan, {all[0], false, true}), second, plan.op, parameter, launcher);
+  dispatch_reduction<T>(backward_problem(plan, {false, true, false}), first, parameter, launcher);
+  dispatch_reduction<T>(backward_problem(plan, {all[0], false, true}), second, parameter, launcher);
 }
 
 } // namespace safe_inplace::cuda

@@ -56,9 +56,52 @@ struct Elementwise {
           if (p.accessors[Out0 + out].mode != AccessMode::Absent) {
             M values[V];
             inputs[u].compute_all(out, p.op, p.parameter, values);
-            store<T>(p.accessors[Out0 + out], out_offsets[0][out], values);
+            store<T, Mixed>(p.accessors[Out0 + out], out_offsets[0][out], values);
           }
         }
+      }
+    }
+  }
+};
+
+// The same where one vector for each thread is enough: short code, few registers, few parameters.
+template <class Functor, class T, bool Mixed>
+struct Small {
+  using Element = T;
+  using M = OpMath<T>;
+  using Params = SmallParams<M>;
+  static constexpr int V = kVector<T>;
+
+  SI_INLINE static void run(const Params& p, uint32_t block, uint32_t thread) {
+    const uint32_t index = block * kThreads + thread;
+    if (index >= p.count) {
+      return;
+    }
+    const uint32_t row = p.row.divide(index);
+    const uint32_t column = (index - row * p.row.size) * V;
+    const auto offset = [&](int slot) {
+      return (p.modes[slot] == AccessMode::Vector ? column : 0) + uint64_t(row) * p.row_strides[slot];
+    };
+    Accessor<M> accessors[kIns];
+    uint64_t offsets[1][kIns];
+    SI_UNROLL
+    for (int slot = 0; slot < kIns; ++slot) {
+      const int operand = slot == First ? 0 : 1;
+      accessors[slot] = {p.data[slot], 0, p.numbers[operand], p.modes[slot], p.dtypes[slot]};
+      offsets[0][slot] = offset(slot);
+    }
+    const uint64_t base[kIns] = {};
+    const bool live[1] = {true};
+    Inputs<Functor, T, Mixed, V> inputs[1];
+    inputs[0].template fetch_all<false>(accessors, live, base, offsets, inputs);
+    inputs[0].settle_all(accessors);
+    SI_UNROLL
+    for (int out = 0; out < Functor::outs; ++out) {
+      const int slot = Out0 + out;
+      if (p.modes[slot] != AccessMode::Absent) {
+        M values[V];
+        inputs[0].compute_all(out, p.op, p.parameter, values);
+        store<T, Mixed>(Accessor<M>{p.data[slot], 0, M{}, AccessMode::Vector, p.dtypes[slot]}, offset(slot), values);
       }
     }
   }
@@ -112,10 +155,7 @@ struct Unaligned {
   SI_INLINE static void fetch_vector(const Accessor<M>& accessor, const Piece& piece, uint32_t* words) {
     const char* data = static_cast<const char*>(accessor.data);
     if (piece.whole()) {
-      SI_UNROLL
-      for (int b = 0; b < V * int(sizeof(E)) / 16; ++b) {
-        load_16_bytes(data + uint64_t(piece.start) * sizeof(E) + 16 * b, words + 4 * b);
-      }
+      load_bytes<V* int(sizeof(E))>(data + uint64_t(piece.start) * sizeof(E), words);
     } else {
       SI_UNROLL
       for (int j = 0; j < V; ++j) {
@@ -165,18 +205,16 @@ struct Unaligned {
   }
 
   // Vectors come first, for all pieces: they are what the memory has to deliver, the rest is small and lies in cache.
-  template <bool Vectors, bool MayBeWide>
-  SI_INLINE static void fetch(const Accessor<M>& accessor, int slot, const Piece& piece, Bits<T, V, MayBeWide>& bits) {
+  template <bool Vectors, bool MayMix>
+  SI_INLINE static void fetch(const Accessor<M>& accessor, int slot, const Piece& piece, Bits<T, V, MayMix>& bits) {
     const AccessMode mode = accessor.mode;
     if (Vectors ? mode != AccessMode::Vector : mode != AccessMode::Broadcast && mode != AccessMode::Elements) {
       return;
     }
-    if constexpr (MayBeWide) {
-      if (accessor.wide) {
-        return Vectors ? fetch_vector<float>(accessor, piece, bits.words) : load_values<float>(accessor, slot, piece, bits.words);
-      }
-    }
-    return Vectors ? fetch_vector<T>(accessor, piece, bits.words) : load_values<T>(accessor, slot, piece, bits.words);
+    with_bits<T, MayMix>(accessor.dtype, [&](auto element) {
+      using E = decltype(element);
+      return Vectors ? fetch_vector<E>(accessor, piece, bits.words) : load_values<E>(accessor, slot, piece, bits.words);
+    });
   }
 
   template <bool Vectors>
@@ -211,13 +249,8 @@ struct Unaligned {
           if (accessor.mode != AccessMode::Absent) {
             M values[V];
             inputs[u].compute_all(out, p.op, p.parameter, values);
-            if constexpr (Mixed) {
-              if (accessor.wide) {
-                store_values<float>(accessor, Out0 + out, pieces[u], values);
-                continue;
-              }
-            }
-            store_values<T>(accessor, Out0 + out, pieces[u], values);
+            with_element<T, Mixed>(
+                accessor.dtype, [&](auto element) { store_values<decltype(element)>(accessor, Out0 + out, pieces[u], values); });
           }
         }
       }

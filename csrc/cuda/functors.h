@@ -20,11 +20,6 @@ struct ForwardFunctor {
   }
 };
 
-// Where backward reads a factor other than one.
-SI_INLINE constexpr Slot slot_of(Factor factor) {
-  return factor == Factor::First ? First : factor == Factor::Second ? Second : Saved;
-}
-
 template <class Op>
 constexpr bool reads_factor(Factor factor) {
   return Op::derivatives[0].factor == factor || Op::derivatives[1].factor == factor ||
@@ -37,30 +32,51 @@ struct BackwardFunctor {
   static constexpr bool reads_second = reads_factor<Op>(Factor::Second);
   static constexpr bool reads_saved = reads_factor<Op>(Factor::Kept);
   static constexpr int outs = 1 + Op::operands;
+  static constexpr int sums = Op::operands;
 
   template <class M>
   SI_INLINE static M compute(int out, int, M conjugate_parameter, const M (&in)[kIns]) {
-    if (out == 0) {
-      return partial<0>(conjugate_parameter, in);
-    }
-    return out == 1 ? partial<1>(conjugate_parameter, in) : partial<Op::operands>(conjugate_parameter, in);
+    const M value = product(out, in);
+    return times_parameter(out) ? value * conjugate_parameter : value;
+  }
+
+  // What is summed for Out0 + `out`: without the parameter, which the sum is multiplied by.
+  template <class M>
+  SI_INLINE static M term(int out, int, const M (&in)[kIns]) {
+    return product(out, in);
   }
 
  private:
-  template <int I, class M>
-  SI_INLINE static M partial(M conjugate_parameter, const M (&in)[kIns]) {
-    constexpr Factor factor = Op::derivatives[I].factor;
-    constexpr bool times_parameter = Op::derivatives[I].times_parameter;
-    constexpr int slot = slot_of(factor);
-    M value = in[Main];
-    if constexpr (factor != Factor::One) {
-      value = value * conjugate(in[slot]);
-    }
-    if constexpr (times_parameter) {
-      value = value * conjugate_parameter;
-    }
-    return value;
+  SI_INLINE static constexpr bool times_parameter(int out) {
+    constexpr bool each[3] = {Op::derivatives[0].times_parameter, Op::derivatives[1].times_parameter,
+                              Op::derivatives[2].times_parameter};
+    return out == 0 ? each[0] : out == 1 ? each[1] : each[Op::operands];
   }
+
+  template <class M>
+  SI_INLINE static M product(int out, const M (&in)[kIns]) {
+    return out == 0 ? product_of<0>(in) : out == 1 ? product_of<1>(in) : product_of<Op::operands>(in);
+  }
+
+  template <int I, class M>
+  SI_INLINE static M product_of(const M (&in)[kIns]) {
+    constexpr Factor factor = Op::derivatives[I].factor;
+    constexpr int slot = slot_of(factor);
+    if constexpr (factor == Factor::One) {
+      return in[Main];
+    } else {
+      return in[Main] * conjugate(in[slot]);
+    }
+  }
+};
+
+// Backward of any op, where nothing but the gradient itself is summed: one sum, which serves both operands.
+struct PlainSum {
+  static constexpr bool reads_first = false;
+  static constexpr bool reads_second = false;
+  static constexpr bool reads_saved = false;
+  static constexpr int outs = 0;
+  static constexpr int sums = 1;
 };
 
 template <template <class> class Functor>
@@ -69,11 +85,19 @@ struct AnyOp {
   static constexpr bool reads_second = true;
   static constexpr bool reads_saved = true;
   static constexpr int outs = kOuts;
+  static constexpr int sums = 2;
 
   template <class M>
   SI_INLINE static M compute(int out, int op, M parameter, const M (&in)[kIns]) {
     M value{};
     with_op(op, [&](auto tag) { value = Functor<decltype(tag)>::compute(out, op, parameter, in); }, AllOps{});
+    return value;
+  }
+
+  template <class M>
+  SI_INLINE static M term(int out, int op, const M (&in)[kIns]) {
+    M value{};
+    with_op(op, [&](auto tag) { value = Functor<decltype(tag)>::term(out, op, in); }, AllOps{});
     return value;
   }
 };

@@ -12,21 +12,25 @@ namespace safe_inplace::cuda {
 template <class Functor, class T, bool Mixed, int V>
 struct Inputs {
   using M = OpMath<T>;
-  Bits<T, V, false> main, saved;
+  // Beside 16 bits only an operand is float, and, for which there are no vectors, what a hook has put in a kept value's place.
+  static constexpr bool narrow_beside = Mixed && sizeof(T) == 4;
+  Bits<T, V, narrow_beside> main;
+  Bits<T, V, narrow_beside || (Mixed && V == 1)> saved;
   Bits<T, V, Mixed> first, second;
 
-  template <int U, class Offset>
+  // Unless `Strided`, no tensor is reached element by element.
+  template <bool Strided = true, int U, class Offset>
   SI_INLINE static void fetch_all(const Accessor<M>* accessors, const bool (&live)[U], const uint64_t* base,
                                   const Offset (&offsets)[U][kIns], Inputs (&inputs)[U]) {
-    fetch<&Inputs::main>(accessors[Main], live, base, offsets, Main, inputs);
+    fetch<Strided, &Inputs::main>(accessors[Main], live, base, offsets, Main, inputs);
     if constexpr (Functor::reads_saved) {
-      fetch<&Inputs::saved>(accessors[Saved], live, base, offsets, Saved, inputs);
+      fetch<Strided, &Inputs::saved>(accessors[Saved], live, base, offsets, Saved, inputs);
     }
     if constexpr (Functor::reads_first) {
-      fetch<&Inputs::first>(accessors[First], live, base, offsets, First, inputs);
+      fetch<Strided, &Inputs::first>(accessors[First], live, base, offsets, First, inputs);
     }
     if constexpr (Functor::reads_second) {
-      fetch<&Inputs::second>(accessors[Second], live, base, offsets, Second, inputs);
+      fetch<Strided, &Inputs::second>(accessors[Second], live, base, offsets, Second, inputs);
     }
   }
 
@@ -43,9 +47,7 @@ struct Inputs {
     }
   }
 
-  // Element j of the value that belongs to Out0 + `out`.
-  SI_INLINE M compute(int out, int op, M parameter, int j) const {
-    M in[kIns] = {};
+  SI_INLINE void take(int j, M (&in)[kIns]) const {
     in[Main] = settled(main, j);
     if constexpr (Functor::reads_saved) {
       in[Saved] = settled(saved, j);
@@ -56,7 +58,20 @@ struct Inputs {
     if constexpr (Functor::reads_second) {
       in[Second] = settled(second, j);
     }
+  }
+
+  // Element j of the value that belongs to Out0 + `out`.
+  SI_INLINE M compute(int out, int op, M parameter, int j) const {
+    M in[kIns] = {};
+    take(j, in);
     return Functor::compute(out, op, parameter, in);
+  }
+
+  // The same of what is summed.
+  SI_INLINE M term(int out, int op, int j) const {
+    M in[kIns] = {};
+    take(j, in);
+    return Functor::term(out, op, in);
   }
 
   SI_INLINE void compute_all(int out, int op, M parameter, M (&values)[V]) const {
@@ -67,27 +82,24 @@ struct Inputs {
   }
 
  private:
-  template <auto Member, int U, class Offset>
+  template <bool Strided, auto Member, int U, class Offset>
   SI_INLINE static void fetch(const Accessor<M>& accessor, const bool (&live)[U], const uint64_t* base,
                               const Offset (&offsets)[U][kIns], int slot, Inputs (&inputs)[U]) {
     if (accessor.mode == AccessMode::Absent || accessor.mode == AccessMode::Number) {
       return;
     }
-    if constexpr (std::decay_t<decltype(std::declval<Inputs&>().*Member)>::mixed) {
-      if (accessor.wide) {
-        return fetch_as<Member, float>(accessor, live, base, offsets, slot, inputs);
-      }
-    }
-    fetch_as<Member, T>(accessor, live, base, offsets, slot, inputs);
+    with_bits<T, std::decay_t<decltype(std::declval<Inputs&>().*Member)>::mixed>(accessor.dtype, [&](auto element) {
+      fetch_as<Strided, Member, decltype(element)>(accessor, live, base, offsets, slot, inputs);
+    });
   }
 
   // The branch on the mode is outside, so that the loads of one tensor follow each other.
-  template <auto Member, class E, int U, class Offset>
+  template <bool Strided, auto Member, class E, int U, class Offset>
   SI_INLINE static void fetch_as(const Accessor<M>& accessor, const bool (&live)[U], const uint64_t* base,
                                  const Offset (&offsets)[U][kIns], int slot, Inputs (&inputs)[U]) {
     if (V == 1 || accessor.mode == AccessMode::Vector) {
       fetch_as<Member, E, AccessMode::Vector>(accessor, live, base, offsets, slot, inputs);
-    } else if (accessor.mode == AccessMode::Broadcast) {
+    } else if (!Strided || accessor.mode == AccessMode::Broadcast) {
       fetch_as<Member, E, AccessMode::Broadcast>(accessor, live, base, offsets, slot, inputs);
     } else {
       fetch_as<Member, E, AccessMode::Elements>(accessor, live, base, offsets, slot, inputs);

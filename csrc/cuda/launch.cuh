@@ -36,7 +36,8 @@ class CudaLauncher {
   CudaLauncher() : stream_(c10::cuda::getCurrentCUDAStream()) {}
 
   int64_t index_limit() const { return kIndexLimit; }
-  int64_t target_blocks() const { return kTargetBlocks; }
+  int64_t small_limit() const { return kSmallLimit; }
+  int64_t target_blocks(int64_t preferred) const { return preferred; }
 
   template <class Kernel>
   void elementwise(const typename Kernel::Params& params, int64_t blocks, const Trace&) {

@@ -10,6 +10,11 @@ namespace safe_inplace::cuda {
 enum Slot : int { Main, First, Second, Saved, Out0, Out1, Out2, kSlots };
 constexpr int kIns = 4, kOuts = 3;
 
+// Where backward reads a factor other than one.
+SI_INLINE constexpr Slot slot_of(Factor factor) {
+  return factor == Factor::First ? First : factor == Factor::Second ? Second : Saved;
+}
+
 // How the elements of one vector are reached.
 enum class AccessMode : uint8_t {
   Absent,
@@ -26,7 +31,7 @@ struct Accessor {
   uint64_t step = 0; // in elements, between the elements of a vector
   M number{};
   AccessMode mode = AccessMode::Absent;
-  bool wide = false; // float beside a 16-bit dtype
+  DType dtype = DType::Float; // of the tensor
 };
 
 // Element-wise launches. Index `i` is a vector; a block owns `tile` of them.
@@ -45,8 +50,23 @@ struct ElementwiseParams {
   FastDivisor<I> row;
 };
 
-// As what a sum is stored.
-enum class Store : uint8_t { Accumulator, Narrow, Float };
+// Element-wise launches of few vectors, over at most two dimensions, in which every tensor has vectors or one element along a
+// row. A launch as short as these is made longer by each byte of its parameters and each step of index arithmetic.
+template <class M>
+struct SmallParams {
+  void* data[kSlots] = {};
+  uint32_t row_strides[kSlots] = {}; // in elements
+  AccessMode modes[kSlots] = {};
+  DType dtypes[kSlots] = {};
+  M numbers[2] = {}; // where First or Second is one
+  M parameter{};
+  int op = 0;
+  uint32_t count = 0; // of vectors
+  FastDivisor<uint32_t> row; // of so many vectors
+};
+
+// As what a sum is stored: in the dtype of the launch, or of an operand beside it.
+enum class Store : uint8_t { Accumulator, Own, Float, Half, BFloat16 };
 
 // One reduced gradient, or its partial sums.
 struct Sum {
@@ -56,6 +76,7 @@ struct Sum {
   uint64_t column_block_stride = 0;
   bool wanted = false;
   bool per_column = false;
+  bool times_parameter = false; // which, like a factor that is the same for all terms, is multiplied with the sum
   Store store = Store::Accumulator;
 };
 
@@ -75,10 +96,12 @@ struct ReduceParams {
   FastDivisor<uint32_t> column_blocks;
   FastDivisor<uint32_t> outer_blocks;
   I column_strides[kSlots] = {};
-  OffsetCalculator<I, kSlots + 2> outer; // and where the two sums lie
+  OffsetCalculator<I, kSlots + 4> outer; // and where the two sums and their common factors lie
   OffsetCalculator<I, kSlots> loop;
-  Accessor<M> accessors[kSlots];
+  Accessor<M> accessors[kSlots]; // absent where nothing in the loop reads it
   Sum sums[2]; // of the first and the second operand
+  Accessor<M> common_factors[2]; // of all terms of a sum; absent where the factor is another one for each
+  I common_factor_column_strides[2] = {};
   M parameter{};
   int op = 0;
 };
@@ -92,7 +115,7 @@ struct PartialSums {
   uint32_t terms = 0;
   uint32_t log_lanes = 0;
   uint32_t run = 1; // rounds, a power of two
-  Store store = Store::Narrow;
+  Store store = Store::Own;
   OffsetCalculator<uint64_t, 1> offset_calculator;
 };
 

@@ -1,6 +1,8 @@
 // The plan of an element-wise pass: vectors along rows, vectors that cross rows, or single elements, and who owns which.
 #pragma once
 
+#include <optional>
+
 #include "problem.h"
 
 namespace safe_inplace::cuda {
@@ -17,7 +19,8 @@ inline Path choose_path(const Problem& problem, int width, int64_t index_limit) 
     return Path::Vectors;
   }
   const Arg& arg = problem.args[anchor(problem)];
-  if (width > 1 && shape.sizes[0] >= width && shape.numel + width < index_limit && is_contiguous(arg, shape)) {
+  if (width > 1 && shape.sizes[0] >= width && shape.numel + width < index_limit && is_contiguous(arg, shape) &&
+      vectors_take_dtypes(problem)) {
     return Path::Unaligned;
   }
   return Path::Elements;
@@ -25,7 +28,7 @@ inline Path choose_path(const Problem& problem, int width, int64_t index_limit) 
 
 // Vectors per block: `unroll` for each thread, fewer where that would leave a large device idle.
 inline int64_t choose_tile(int64_t count, int unroll) {
-  return kThreads * std::clamp<int64_t>(count / (kThreads * (kTargetBlocks / 2)), 1, unroll);
+  return kThreads * std::clamp<int64_t>(count / (kThreads * kElementwiseBlocks), 1, unroll);
 }
 
 // Path::Vectors, or Path::Elements with width 1.
@@ -44,6 +47,34 @@ ElementwiseParams<M, I> plan_elementwise(const Problem& problem, int width, int 
   }
   for (int slot = 0; slot < kSlots; ++slot) {
     params.accessors[slot] = make_row_accessor<M>(problem, slot, width);
+  }
+  return params;
+}
+
+// Path::Vectors, where it is small and simple enough for short code. Nothing otherwise.
+template <class M>
+std::optional<SmallParams<M>> plan_small(const Problem& problem, int width, int64_t limit) {
+  const Shape& shape = problem.shape;
+  const int64_t count = shape.numel / width;
+  if (shape.ndim > 2 || count >= limit) {
+    return std::nullopt;
+  }
+  SmallParams<M> params;
+  params.count = uint32_t(count);
+  params.row = FastDivisor<uint32_t>(shape.sizes[0] / width);
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const Accessor<M> accessor = make_row_accessor<M>(problem, slot, width);
+    const bool written = slot >= Out0;
+    if (accessor.mode == AccessMode::Elements || (written && accessor.mode == AccessMode::Broadcast)) {
+      return std::nullopt;
+    }
+    params.data[slot] = accessor.data;
+    params.modes[slot] = accessor.mode;
+    params.dtypes[slot] = accessor.dtype;
+    params.row_strides[slot] = shape.ndim == 2 ? uint32_t(stride_of(problem, slot, 1)) : 0;
+    if (slot == First || slot == Second) {
+      params.numbers[slot - First] = accessor.number;
+    }
   }
   return params;
 }
@@ -72,7 +103,7 @@ ElementwiseParams<M, uint32_t> plan_unaligned(const Problem& problem, int width,
     accessor = make_accessor<M>(problem, slot);
     if (accessor.mode == AccessMode::Elements) {
       const Arg& arg = problem.args[slot];
-      const bool in_step = (position(arg) - int64_t(params.head)) % (16 / item_size(arg)) == 0;
+      const bool in_step = (position(arg) - int64_t(params.head)) % std::min<int64_t>(16 / item_size(arg), width) == 0;
       accessor.step = uint64_t(arg.strides[0]);
       accessor.mode = is_contiguous(arg, shape) && in_step ? AccessMode::Vector
                       : arg.strides[0] == 0                ? AccessMode::Broadcast

@@ -8,8 +8,11 @@ namespace safe_inplace::cuda {
 
 // args[i] is the reduced gradient of operand i, where wanted[i].
 struct SumTargets {
+  int op = 0;
   Arg args[2];
   bool wanted[2] = {};
+
+  const Derivative& derivative(int i) const { return infos[op].derivatives[1 + i]; }
 
   // Whether sum i has a result for each position in dimension d.
   bool keeps(int i, int d, const Shape& shape) const { return shape.sizes[d] > 1 && args[i].strides[d] != 0; }
@@ -57,6 +60,47 @@ inline ReductionDims sort_dims(const Shape& shape, const SumTargets& targets, in
     }
   }
   return dims;
+}
+
+// Whether the factor of sum i is the same for all that a group of threads adds up of it: then it multiplies the sum, and no term.
+// It is read last. As it is broadcast, no gradient has been written over it by then.
+inline bool has_common_factor(const Problem& problem, const SumTargets& targets, int i, const ReductionDims& dims) {
+  if (targets.derivative(i).factor == Factor::One || dims.loop_ndim == 0) {
+    return false;
+  }
+  const int slot = slot_of(targets.derivative(i).factor);
+  for (int n = 0; n < dims.loop_ndim; ++n) {
+    if (stride_of(problem, slot, dims.loop[n]) != 0) {
+      return false;
+    }
+  }
+  return !dims.by_column || targets.keeps(i, 0, problem.shape) || stride_of(problem, slot, 0) == 0;
+}
+
+// Whether an op's sums are of the gradient itself, where its operands are broadcast alike: a matter of the op alone, so that what
+// follows from it does not change with the gradients that are asked for.
+inline bool may_sum_plainly(int op) {
+  const OpInfo& info = infos[op];
+  return info.derivatives[1].factor != Factor::Kept && (info.operands == 1 || info.derivatives[2].factor != Factor::Kept);
+}
+
+// Whether one sum of the gradient is all that the call needs: of both operands, or of the one that is asked for.
+inline bool sums_plainly(const Problem& problem, const SumTargets& targets, int width) {
+  if (!may_sum_plainly(targets.op) || is_tensor(problem, Out0) || is_tensor(problem, Out1) || is_tensor(problem, Out2)) {
+    return false;
+  }
+  const ReductionDims dims = sort_dims(problem.shape, targets, width);
+  for (int i = 0; i < 2; ++i) {
+    if (targets.wanted[i] && targets.derivative(i).factor != Factor::One && !has_common_factor(problem, targets, i, dims)) {
+      return false;
+    }
+  }
+  return !dims.by_column || !targets.wanted[0] || !targets.wanted[1] ||
+         targets.keeps(0, 0, problem.shape) == targets.keeps(1, 0, problem.shape);
+}
+
+inline int64_t preferred_blocks(const Problem& problem, int op) {
+  return may_sum_plainly(op) && dtype_size[int(problem.dtype)] > 2 ? kBlocksOfPlainSums : kBlocksOfProducts;
 }
 
 // What a block owns, and how many there are for each chunk of the loop.
@@ -118,7 +162,8 @@ inline Chunks cut_loop(const ReductionDims& dims, const BlockShape& block, int64
                        int64_t target_blocks) {
   int64_t count = std::max<int64_t>(target_blocks / (block.column_blocks * block.outer_blocks), 1);
   count = std::min(count, std::max<int64_t>(dims.loop_count / (block.lanes * unroll * 2), 1));
-  count = std::min(count, std::max<int64_t>(budget / bytes_per_chunk, 1));
+  // Half of the budget for each of two sums, so that both fit, and the gradient is read once.
+  count = std::min(count, std::max<int64_t>(budget / (2 * bytes_per_chunk), 1));
   const int64_t size = ceil_divide(dims.loop_count, count);
   return {ceil_divide(dims.loop_count, size), size};
 }
@@ -150,9 +195,23 @@ void set_grid(Reduction<M, I>& plan, const ReductionDims& dims, const BlockShape
   plan.largest = std::max({dims.loop_count + round, dims.outer_count + block.groups, dims.columns});
 }
 
+// Whether a gradient that is written, or a term of a sum, is made of it.
+template <class M, class I>
+bool is_read_in_loop(const Problem& problem, const SumTargets& targets, int slot, const ReduceParams<M, I>& params) {
+  for (int out = 0; out < 3; ++out) {
+    const Factor factor = infos[targets.op].derivatives[out].factor;
+    const bool summed = out > 0 && targets.wanted[out - 1] && params.common_factors[out - 1].mode == AccessMode::Absent;
+    if (factor != Factor::One && slot_of(factor) == slot && (summed || problem.present[Out0 + out])) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // How the tensors of the problem are walked.
 template <class M, class I>
-void set_accesses(Reduction<M, I>& plan, const Problem& problem, const ReductionDims& dims, const Chunks& chunks, int width) {
+void set_accesses(Reduction<M, I>& plan, const Problem& problem, const SumTargets& targets, const ReductionDims& dims,
+                  const Chunks& chunks, int width) {
   const Shape& shape = problem.shape;
   ReduceParams<M, I>& params = plan.params;
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -164,6 +223,21 @@ void set_accesses(Reduction<M, I>& plan, const Problem& problem, const Reduction
     params.outer.sizes[n] = FastDivisor<I>(shape.sizes[dims.outer[n]]);
     for (int slot = 0; slot < kSlots; ++slot) {
       params.outer.strides[slot][n] = I(stride_of(problem, slot, dims.outer[n]));
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (targets.wanted[i] && has_common_factor(problem, targets, i, dims)) {
+      const int slot = slot_of(targets.derivative(i).factor);
+      params.common_factors[i] = params.accessors[slot];
+      params.common_factor_column_strides[i] = params.column_strides[slot];
+      for (int n = 0; n < dims.outer_ndim; ++n) {
+        params.outer.strides[kSlots + 2 + i][n] = params.outer.strides[slot][n];
+      }
+    }
+  }
+  for (int slot : {First, Second, Saved}) {
+    if (!is_read_in_loop(problem, targets, slot, params)) {
+      params.accessors[slot] = {};
     }
   }
   params.loop.ndim = dims.loop_ndim;
@@ -183,7 +257,10 @@ void set_accesses(Reduction<M, I>& plan, const Problem& problem, const Reduction
 }
 
 inline Store store_of(const Problem& problem, const Arg& target) {
-  return target.dtype == problem.dtype ? Store::Narrow : Store::Float;
+  return target.dtype == problem.dtype  ? Store::Own
+         : target.dtype == DType::Float ? Store::Float
+         : target.dtype == DType::Half  ? Store::Half
+                                        : Store::BFloat16;
 }
 
 // A sum of one term for each result goes where the gradient lies.
@@ -273,13 +350,14 @@ Reduction<OpMath<T>, I> plan_reduction(const Problem& problem, const SumTargets&
 
   Reduction<M, I> plan;
   set_grid(plan, dims, block, chunks, unroll);
-  set_accesses(plan, problem, dims, chunks, width);
+  set_accesses(plan, problem, targets, dims, chunks, width);
   for (int i = 0; i < 2; ++i) {
     if (!targets.wanted[i]) {
       continue;
     }
     plan.params.sums[i].wanted = true;
     plan.params.sums[i].per_column = dims.by_column && targets.keeps(i, 0, shape);
+    plan.params.sums[i].times_parameter = targets.derivative(i).times_parameter;
     const int64_t terms = spreads[i].per_chunk * chunks.count;
     if (terms == 1) {
       place_final(plan, i, problem, targets.args[i], dims);

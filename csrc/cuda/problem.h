@@ -38,13 +38,14 @@ inline int64_t item_size(const Arg& arg) {
   return dtype_size[int(arg.dtype)];
 }
 
-// Every run of vectors along dimension 0 starts at a multiple of 16 bytes.
-inline bool has_aligned_rows(const Arg& arg, const Shape& shape) {
-  if (arg.strides[0] != 1 || reinterpret_cast<uintptr_t>(arg.data) % 16 != 0) {
+// Every run of vectors along dimension 0 starts at a multiple of their size, or of 16 bytes where they are larger.
+inline bool has_aligned_rows(const Arg& arg, const Shape& shape, int width) {
+  const int64_t alignment = std::min<int64_t>(width * item_size(arg), 16);
+  if (arg.strides[0] != 1 || reinterpret_cast<uintptr_t>(arg.data) % alignment != 0) {
     return false;
   }
   for (int d = 1; d < shape.ndim; ++d) {
-    if (shape.sizes[d] > 1 && arg.strides[d] * item_size(arg) % 16 != 0) {
+    if (shape.sizes[d] > 1 && arg.strides[d] * item_size(arg) % alignment != 0) {
       return false;
     }
   }
@@ -61,15 +62,22 @@ inline int anchor(const Problem& problem) {
   return Main;
 }
 
+// A kept value beside a gradient of 16 bits is of its dtype, unless a hook has put another in its place. That one is read element
+// by element, so that vectors of it cost no kernel its registers.
+inline bool vectors_take_dtypes(const Problem& problem) {
+  return dtype_size[int(problem.dtype)] != 2 || !is_tensor(problem, Saved) || problem.args[Saved].dtype == problem.dtype;
+}
+
 inline bool rows_take_vectors(const Problem& problem, int width) {
   const Shape& shape = problem.shape;
-  if (width == 1 || shape.sizes[0] % width != 0 || !has_aligned_rows(problem.args[anchor(problem)], shape)) {
+  if (width == 1 || shape.sizes[0] % width != 0 || !has_aligned_rows(problem.args[anchor(problem)], shape, width) ||
+      !vectors_take_dtypes(problem)) {
     return false;
   }
   // Contiguous memory read element by element is best read by neighbouring threads.
   for (int slot = 0; slot < kSlots; ++slot) {
     const Arg& arg = problem.args[slot];
-    if (is_tensor(problem, slot) && arg.strides[0] == 1 && !is_broadcast(arg, shape) && !has_aligned_rows(arg, shape)) {
+    if (is_tensor(problem, slot) && arg.strides[0] == 1 && !is_broadcast(arg, shape) && !has_aligned_rows(arg, shape, width)) {
       return false;
     }
   }
@@ -94,7 +102,7 @@ Accessor<M> make_accessor(const Problem& problem, int slot) {
   if (problem.present[slot]) {
     accessor.data = arg.data;
     accessor.number = Number<M>::from(arg.number);
-    accessor.wide = dtype_size[int(problem.dtype)] == 2 && arg.dtype == DType::Float;
+    accessor.dtype = arg.dtype;
     accessor.mode = arg.data == nullptr ? AccessMode::Number : AccessMode::Elements;
   }
   return accessor;
@@ -107,10 +115,10 @@ Accessor<M> make_row_accessor(const Problem& problem, int slot, int width) {
   if (accessor.mode == AccessMode::Elements) {
     const Arg& arg = problem.args[slot];
     accessor.step = uint64_t(arg.strides[0]);
-    accessor.mode = width == 1                             ? AccessMode::Elements
-                    : arg.strides[0] == 0                  ? AccessMode::Broadcast
-                    : has_aligned_rows(arg, problem.shape) ? AccessMode::Vector
-                                                           : AccessMode::Elements;
+    accessor.mode = width == 1                                    ? AccessMode::Elements
+                    : arg.strides[0] == 0                         ? AccessMode::Broadcast
+                    : has_aligned_rows(arg, problem.shape, width) ? AccessMode::Vector
+                                                                  : AccessMode::Elements;
   }
   return accessor;
 }

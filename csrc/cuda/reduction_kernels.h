@@ -13,8 +13,12 @@ SI_INLINE void store_sum(const Sum& sum, uint64_t offset, M value) {
     return;
   }
   if constexpr (kMayMix<T>) {
-    if (sum.store == Store::Float) {
-      static_cast<float*>(sum.data)[offset] = value;
+    if (sum.store != Store::Own) {
+      const DType dtype = sum.store == Store::Float ? DType::Float : sum.store == Store::Half ? DType::Half : DType::BFloat16;
+      with_element<T, true>(dtype, [&](auto element) {
+        using E = decltype(element);
+        static_cast<E*>(sum.data)[offset] = narrow<E>(value);
+      });
       return;
     }
   }
@@ -29,10 +33,16 @@ struct Reduce {
   using M = OpMath<T>;
   using Params = ReduceParams<M, I>;
   static constexpr int U = kReduceUnroll<T, Mixed, V, I, (Functor::reads_first && Functor::reads_second)>;
+  static constexpr int S = Functor::sums; // that a thread adds up
 
   struct Shared {
-    M sums[2][V][kThreads];
+    M sums[S][V][kThreads];
   };
+
+  // The gradient that is made of sum s. One sum serves both where there is one only: then they are alike.
+  SI_INLINE static const Sum& made_of(const Params& p, int s) {
+    return p.sums[Functor::outs == 0 ? (p.sums[0].wanted ? 0 : 1) : s];
+  }
 
   struct Place {
     uint32_t column_block, chunk;
@@ -61,7 +71,7 @@ struct Reduce {
 
   SI_INLINE static void accumulate(const Params& p, uint32_t block, uint32_t thread, Shared& shared) {
     const Place place = locate(p, block, thread);
-    M sums[2][V] = {};
+    M sums[S][V] = {};
     bool more = false; // of this thread's sums are in shared memory
     if (place.live) {
       uint64_t base[1][kSlots + 2] = {};
@@ -103,11 +113,11 @@ struct Reduce {
 
   // Adds what a thread has summed up in registers to its sums in shared memory, and starts anew: long chains of additions
   // lose digits, and a second set of registers would cost a spill.
-  SI_INLINE static void put_aside(const Params& p, uint32_t thread, bool more, M (&sums)[2][V], Shared& shared) {
+  SI_INLINE static void put_aside(const Params& p, uint32_t thread, bool more, M (&sums)[S][V], Shared& shared) {
     SI_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (i + 1 < Functor::outs && p.sums[i].wanted) {
-        if (p.sums[i].per_column) {
+    for (int i = 0; i < S; ++i) {
+      if (made_of(p, i).wanted) {
+        if (made_of(p, i).per_column) {
           SI_UNROLL
           for (int j = 0; j < V; ++j) {
             M& aside = shared.sums[i][j][thread];
@@ -129,7 +139,7 @@ struct Reduce {
     }
   }
 
-  SI_INLINE static void round(const Params& p, const uint64_t (&base)[kSlots + 2], I start, I lanes, I end, M (&sums)[2][V]) {
+  SI_INLINE static void round(const Params& p, const uint64_t (&base)[kSlots + 2], I start, I lanes, I end, M (&sums)[S][V]) {
     I index[U];
     bool live[U];
     I offsets[U][kIns] = {};
@@ -145,24 +155,44 @@ struct Reduce {
     for (int u = 0; u < U; ++u) {
       if (live[u]) {
         inputs[u].settle_all(p.accessors);
-        I out_offsets[1][kOuts] = {};
-        const I at[1] = {index[u]};
-        p.loop.template add_offsets<Out0>(at, out_offsets);
-        SI_UNROLL
-        for (int out = 0; out < Functor::outs; ++out) {
-          const bool summed = out > 0 && p.sums[out > 0 ? out - 1 : 0].wanted;
-          if (summed) {
-            SI_UNROLL
-            for (int j = 0; j < V; ++j) {
-              M& sum = sums[out > 0 ? out - 1 : 0][j];
-              sum = sum + inputs[u].compute(out, p.op, p.parameter, j);
-            }
-          } else if (p.accessors[Out0 + out].mode != AccessMode::Absent) {
-            M values[V];
-            inputs[u].compute_all(out, p.op, p.parameter, values);
-            store<T>(p.accessors[Out0 + out], base[Out0 + out] + out_offsets[0][out], values);
+        if constexpr (Functor::outs == 0) {
+          add_terms(sums[0], inputs[u]);
+        } else {
+          finish(p, base, index[u], inputs[u], sums);
+        }
+      }
+    }
+  }
+
+  SI_INLINE static void add_terms(M (&sum)[V], const Inputs<Functor, T, Mixed, V>& inputs) {
+    SI_UNROLL
+    for (int j = 0; j < V; ++j) {
+      sum[j] = sum[j] + settled(inputs.main, j);
+    }
+  }
+
+  // Of one vector: what is written is written, what is summed is added.
+  SI_INLINE static void finish(const Params& p, const uint64_t (&base)[kSlots + 2], I index,
+                               const Inputs<Functor, T, Mixed, V>& inputs, M (&sums)[S][V]) {
+    I out_offsets[1][kOuts] = {};
+    const I at[1] = {index};
+    p.loop.template add_offsets<Out0>(at, out_offsets);
+    SI_UNROLL
+    for (int out = 0; out < Functor::outs; ++out) {
+      const int i = out > 0 ? out - 1 : 0;
+      if (out > 0 && p.sums[i].wanted) {
+        if (p.common_factors[i].mode != AccessMode::Absent) {
+          add_terms(sums[i], inputs);
+        } else {
+          SI_UNROLL
+          for (int j = 0; j < V; ++j) {
+            sums[i][j] = sums[i][j] + inputs.term(out, p.op, j);
           }
         }
+      } else if (p.accessors[Out0 + out].mode != AccessMode::Absent) {
+        M values[V];
+        inputs.compute_all(out, p.op, p.parameter, values);
+        store<T, Mixed>(p.accessors[Out0 + out], base[Out0 + out] + out_offsets[0][out], values);
       }
     }
   }
@@ -174,9 +204,9 @@ struct Reduce {
       return;
     }
     SI_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (i + 1 < Functor::outs && p.sums[i].wanted) {
-        if (!p.sums[i].per_column) {
+    for (int i = 0; i < S; ++i) {
+      if (made_of(p, i).wanted) {
+        if (!made_of(p, i).per_column) {
           shared.sums[i][0][thread] = shared.sums[i][0][thread] + shared.sums[i][0][thread + distance];
         } else if (distance >> p.log_columns != 0) {
           SI_UNROLL
@@ -188,29 +218,52 @@ struct Reduce {
     }
   }
 
-  // Each thread reads what it has itself written last, so no barrier is due before.
+  // Each thread reads what it has itself written last, so no barrier is due before. What all terms of a sum are multiplied by
+  // multiplies the sum.
   SI_INLINE static void write(const Params& p, uint32_t block, uint32_t thread, const Shared& shared) {
     const Place place = locate(p, block, thread);
     if (!place.live || place.lane != 0) {
       return;
     }
-    uint64_t base[1][2] = {};
+    uint64_t base[1][4] = {};
     const I outer[1] = {place.outer};
     p.outer.template add_offsets<kSlots>(outer, base);
     SI_UNROLL
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < (S > Functor::outs ? 2 : S); ++i) {
       const Sum& sum = p.sums[i];
-      if (i + 1 < Functor::outs && sum.wanted) {
-        uint64_t at = base[0][i] + place.chunk * sum.chunk_stride;
-        if (sum.per_column) {
-          at += uint64_t(place.column) * V * sum.column_stride;
-          SI_UNROLL
-          for (int j = 0; j < V; ++j) {
-            store_sum<T>(sum, at + j * sum.column_stride, shared.sums[i][j][thread]);
-          }
-        } else if (place.in_group == 0) {
-          store_sum<T>(sum, at + place.column_block * sum.column_block_stride, shared.sums[i][0][thread]);
+      if (!sum.wanted || (!sum.per_column && place.in_group != 0)) {
+        continue;
+      }
+      const auto& own = shared.sums[i < S ? i : 0];
+      M values[V];
+      SI_UNROLL
+      for (int j = 0; j < V; ++j) {
+        values[j] = sum.per_column || j == 0 ? own[j][thread] : M{};
+      }
+      const Accessor<M>& factor = p.common_factors[i];
+      if (factor.mode != AccessMode::Absent) {
+        const uint64_t at = base[0][2 + i] + uint64_t(place.column) * p.common_factor_column_strides[i];
+        const auto bits = load<T, V, kMayMix<T>>(factor, at);
+        SI_UNROLL
+        for (int j = 0; j < V; ++j) {
+          values[j] = values[j] * conjugate(settled(bits, j));
         }
+      }
+      if (sum.times_parameter) {
+        SI_UNROLL
+        for (int j = 0; j < V; ++j) {
+          values[j] = values[j] * p.parameter;
+        }
+      }
+      uint64_t at = base[0][i] + place.chunk * sum.chunk_stride;
+      if (sum.per_column) {
+        at += uint64_t(place.column) * V * sum.column_stride;
+        SI_UNROLL
+        for (int j = 0; j < V; ++j) {
+          store_sum<T>(sum, at + j * sum.column_stride, values[j]);
+        }
+      } else {
+        store_sum<T>(sum, at + place.column_block * sum.column_block_stride, values[0]);
       }
     }
   }

@@ -15,7 +15,7 @@ void backward(const BackwardPlan& plan) {
   with_dtype(plan.dtype, [&]<class T>(T) { cuda::backward<T>(plan); });
 }
 
-const RegisterBackend registered({c10::DeviceType::CUDA, forward, backward, cuda::digest});
+const RegisterBackend registered({c10::DeviceType::CUDA, forward, backward, cuda::digest, /*takes_narrower=*/true});
 
 } // namespace
 } // namespace safe_inplace

@@ -13,7 +13,9 @@ class HostLauncher {
  public:
   int64_t index_limit() const { return simulation_.index_limit; }
 
-  int64_t target_blocks() const { return simulation_.target_blocks; }
+  int64_t small_limit() const { return simulation_.small_limit; }
+
+  int64_t target_blocks(int64_t preferred) const { return simulation_.target_blocks > 0 ? simulation_.target_blocks : preferred; }
 
   template <class Kernel>
   void elementwise(const typename Kernel::Params& params, int64_t blocks, const cuda::Trace& trace) {

@@ -9,7 +9,8 @@ namespace safe_inplace::simulator {
 struct Simulation {
   bool reversed = false; // blocks and threads last to first: what is right must not depend on it
   int64_t index_limit = cuda::kIndexLimit; // from which on indices take 64 bits
-  int64_t target_blocks = cuda::kTargetBlocks; // of a reduction: with fewer, threads sum more
+  int64_t small_limit = cuda::kSmallLimit; // from which on vectors are too many for the short kernel
+  int64_t target_blocks = 0; // of a reduction, instead of what its kind prefers: with fewer, threads sum more
 };
 
 struct Launch {
