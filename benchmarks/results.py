@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from .cases import past_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Measured:
     @property
     def case(self) -> tuple:
         return self.op, self.layout, self.dtype, self.size, self.mode
+
+    @property
+    def title(self) -> str:
+        return f"{self.op:12s} {self.layout}"
 
 
 @dataclass(frozen=True)
@@ -123,13 +129,13 @@ def write(path: Path, about: dict[str, str], rows: Sequence[Any]) -> None:
     partial.replace(path)
 
 
-def read(path: Path) -> tuple[dict[str, str], list[Row]]:
+def read(path: Path, kind: type[R] = Row) -> tuple[dict[str, str], list[R]]:
     kinds = {"str": str, "int": int, "float": float, "int | None": int, "float | None": float}
-    convert = {f.name: kinds[f.type] for f in fields(Row)}
+    convert = {f.name: kinds[f.type] for f in fields(kind)}
     with path.open(newline="") as file:
         about = json.loads(file.readline().removeprefix("# "))
         rows = [
-            Row(**{k: None if v == "" else convert[k](v) for k, v in record.items()}) for record in csv.DictReader(file)
+            kind(**{k: None if v == "" else convert[k](v) for k, v in record.items()}) for record in csv.DictReader(file)
         ]
     return about, rows
 
