@@ -337,6 +337,16 @@ def test_a_gpu_hosts_stages_say_why_they_did_not_run(tmp_path):
     assert "tests      not run: the 0 s are used up" in summary
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a device")
+def test_a_gpu_host_measures_models_where_asked(tmp_path):
+    pytest.importorskip("transformers")
+    tiny = "--tiny --families Dinov2 --modes inference --dtypes float32 --rounds 1"
+    status, _ = gpu_host(tmp_path, STAGES="models", BENCH_ARGS=tiny)
+    assert status == 0
+    _, rows = results.read(tmp_path / "models.csv", steps.StepRow)
+    assert [row.way for row in rows] == list(steps.WAYS)
+
+
 def tree_in_a_repository(folder):
     """A tree without a history of its own, in the repository of something else."""
     tree = folder / "tree"
