@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -185,7 +184,7 @@ def compare_builds(arguments: list[str], options: argparse.Namespace, console: C
     with compare.builds(options.base, arguments) as (new, base):
         about = {k: v for k, v in new.about.items() if k not in ("package", "lacks")}
         about |= {"base": compare.name_of(options.base), "base_extension": base.about["extension"]}
-        about["command"] = shlex.join(["python", "-m", "benchmarks", *arguments])
+        about["command"] = results.command_line(arguments)
         lacks = {*new.about["lacks"], *base.about["lacks"]}
         wanted = [job for job in range(len(jobs)) if job not in lacks]
         found = (compare.in_turns(new, base, job, options.turns) for job in wanted)

@@ -524,7 +524,8 @@ def plot_steps(path: Path, out: Path) -> None:
             axis.grid(True, axis="x", color="0.92")
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.tick_params(axis="y", length=0)
-    axes[0, 0].set_yticks(range(len(names)), names[::-1], fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(names)), names[::-1], fontsize=8)
     finish(figure, axes, f"Times faster than plain.  {title(about)}", out, list(WAY_COLORS))
 
 

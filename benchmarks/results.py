@@ -92,6 +92,15 @@ def commit(tree: Path = ROOT, variable: str = "COMMIT") -> str:
     return f"{head}-dirty" if changed else head
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    """What measures this again. Where the results were written to is no part of it."""
+    kept = list(arguments)
+    if "--output" in kept:
+        at = kept.index("--output")
+        del kept[at : at + 2]
+    return shlex.join(["python", "-m", "benchmarks", *kept])
+
+
 def provenance(device: torch.device) -> dict[str, str]:
     extension = Path(safe_inplace._C.__file__)
     return {
@@ -102,7 +111,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit(),
         "extension": hashlib.sha256(extension.read_bytes()).hexdigest()[:12],
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": command_line(sys.argv[1:]),
         # Bytes from which on an input counts as past the last cache of the device.
         "past_cache": str(past_cache(device)),
         # Of the last minute, before this run added to it: what else the machine was doing.

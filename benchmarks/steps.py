@@ -159,7 +159,8 @@ def assert_same(ours: list[Tensor], plain: list[Tensor], dtype: str) -> None:
     """The output and the gradients. Rounding may drift by some steps of the narrower dtype, a wrong formula does more."""
     relative = 1e-4 if dtype == "float32" else 5e-2
     largest = max((gradient.abs().max().item() for gradient in plain[1:] if gradient.numel()), default=0)
-    for one, other, size in zip(ours, plain, [plain[0].abs().max().item()] + [largest] * len(plain), strict=False):
+    sizes = [plain[0].abs().max().item()] + [largest] * (len(plain) - 1)
+    for one, other, size in zip(ours, plain, sizes, strict=True):
         torch.testing.assert_close(one, other, rtol=relative, atol=relative * size)
 
 

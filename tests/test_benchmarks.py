@@ -246,6 +246,12 @@ def test_the_memory_of_backward_is_judged_in_every_layout(layout):
     assert all(v.met for v in verdicts)
 
 
+def test_the_command_that_is_kept_says_what_was_measured_and_not_where_to():
+    arguments = ["models", "--output", "some/rows.csv", "--rounds", "6"]
+    assert results.command_line(arguments) == "python -m benchmarks models --rounds 6"
+    assert results.command_line(["--ops", "add_"]) == "python -m benchmarks --ops add_"
+
+
 def test_narrowed_run_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "rows.csv"
     options = ["--ops", "add_", "--layouts", "full", "--sizes", "4KiB", "--rounds", "1", "--seconds", "1e-6"]
