@@ -31,12 +31,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tests.op_table import BY_NAME
 
-from . import calls, compare, families, models, report, results, steps
+from . import calls, compare, models, report, results
 from .cases import LAYOUTS, MODES, Case, default_cases, full_cases, target_cases
 from .results import Row
 from .runner import Effort, run
 
-R = TypeVar("R", Row, compare.Compared, steps.StepRow)
+R = TypeVar("R", Row, compare.Compared, results.StepRow)
 
 COMMANDS = ("run", "models", "compare", "targets", "report", "calls")
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
@@ -81,9 +81,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     real.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: what others do on the machine is no matter")
     real.add_argument("--output", type=Path, help="the result file; a narrowed run writes none without it")
     real.add_argument("--tiny", action="store_true", help="models of a few kilobytes, which say nothing about speed")
-    real.add_argument("--families", nargs="+", choices=[family.name for family in families.FAMILIES], metavar="FAMILY")
-    real.add_argument("--dtypes", nargs="+", choices=steps.DTYPES, default=steps.DTYPES)
-    real.add_argument("--modes", nargs="+", choices=steps.MODES, default=steps.MODES)
+    real.add_argument("--families", nargs="+", help="by name, as the tables have them")
+    real.add_argument("--dtypes", nargs="+", choices=results.STEP_DTYPES, default=results.STEP_DTYPES)
+    real.add_argument("--modes", nargs="+", choices=results.STEP_MODES, default=results.STEP_MODES)
     pair = commands.add_parser("compare", parents=[measuring], help="two builds side by side")
     pair.add_argument("--base", type=Path, required=True, help="the other build: a wheel, or a tree that has been built")
     pair.add_argument("--turns", type=int, default=3, help="of each build at each case; the rounds are divided among them")
@@ -207,6 +207,12 @@ def compare_builds(arguments: list[str], options: argparse.Namespace, console: C
 
 
 def measure_models(options: argparse.Namespace, console: Console) -> int:
+    # Not above: the base of a comparison may be a build without what these need.
+    from . import families, steps
+
+    unknown = {*(options.families or [])} - {family.name for family in families.FAMILIES}
+    if unknown:
+        raise SystemExit(f"no families {sorted(unknown)}: there are {[family.name for family in families.FAMILIES]}")
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
     scale = families.TINY if options.tiny else families.for_device(device)
@@ -221,14 +227,15 @@ def measure_models(options: argparse.Namespace, console: Console) -> int:
         return 1
     if gathered.done < len(wanted):
         about["measured"] = f"{gathered.done} of {len(wanted)} cases"
-    whole = not (options.tiny or options.families) and (options.dtypes, options.modes) == (steps.DTYPES, steps.MODES)
-    path = options.output or (steps.RESULTS / results.file_name(about) if whole else None)
+    narrowed = (options.dtypes, options.modes) != (results.STEP_DTYPES, results.STEP_MODES)
+    whole = not (options.tiny or options.families or narrowed)
+    path = options.output or (results.MODELS / results.file_name(about) if whole else None)
     # Not wrapped: it is to be pasted.
     console.print(report.steps_table(gathered.rows), soft_wrap=True, markup=False, highlight=False)
     if path:
         results.write(path, about, gathered.rows)
         console.print(f"written: {path}")
-        if path.parent.resolve() == steps.RESULTS:
+        if path.parent.resolve() == results.MODELS:
             for made in report.write_models():
                 console.print(f"written: {made}")
     return 0

@@ -16,11 +16,10 @@ import matplotlib.pyplot as plt
 
 from tests.op_table import OPS
 
-from . import steps, targets
+from . import targets
 from .cases import CALL, LAYOUTS, MODES, RECORDED, TRAINING, TRAINING_STEP
 from .implementations import COMPILED, COMPILED_IN_PLACE, IN_PLACE, ORDER, OURS, OUT_OF_PLACE
-from .results import RESULTS, ROOT, Row, Table, read, result_files
-from .steps import PATCHED, PLAIN, WAYS, StepRow
+from .results import MODELS, PATCHED, PLAIN, RESULTS, ROOT, WAYS, Row, StepRow, Table, read, result_files
 
 README = ROOT / "README.md"
 DETAILS = RESULTS / "README.md"
@@ -463,7 +462,7 @@ def patched_table(rows: list[StepRow], gained: bool) -> str:
     return markdown(["model", *(f"{dtype}, {mode}" for dtype, mode in cases)], body) if body else "None."
 
 
-def patch_section(folder: Path = steps.RESULTS) -> str:
+def patch_section(folder: Path = MODELS) -> str:
     """What docs/patch.md says of the models that were measured."""
     parts = []
     for path in result_files(folder):
@@ -478,7 +477,7 @@ def patch_section(folder: Path = steps.RESULTS) -> str:
     return "\n\n".join(parts) or "Nothing has been measured yet: `python -m benchmarks models` does."
 
 
-def models_page(folder: Path = steps.RESULTS) -> str:
+def models_page(folder: Path = MODELS) -> str:
     parts = [
         "# Models",
         "Written by `python -m benchmarks report` from the result files here. Each model of a library is built shallow, with "
@@ -529,7 +528,7 @@ def plot_steps(path: Path, out: Path) -> None:
     finish(figure, axes, f"Times faster than plain.  {title(about)}", out, list(WAY_COLORS))
 
 
-def write_models(folder: Path = steps.RESULTS, page: Path = PATCH_PAGE) -> list[Path]:
+def write_models(folder: Path = MODELS, page: Path = PATCH_PAGE) -> list[Path]:
     """Makes everything that is made from the result files of models, and tells what it wrote."""
     made = []
     for path in result_files(folder):

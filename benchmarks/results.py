@@ -26,7 +26,15 @@ from .cases import past_cache
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
+MODELS = RESULTS / "models"
+
 R = TypeVar("R")
+
+# The ways to run a step of a real model, in what, and what of it.
+PLAIN, TORCH, IN_PLACE, PATCHED = "plain", "torch's best", "in place", "patched"
+WAYS = (PLAIN, TORCH, IN_PLACE, PATCHED)
+STEP_DTYPES = ("float32", "autocast", "bfloat16")
+STEP_MODES = ("train", "inference")
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,43 @@ class Row(Measured):
     share: float | None
     peak: int | None
     saved: int | None
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """Seconds of a step; ratio is plain's over it in the same round, low to high the interval of its median.
+
+    `size` is what the largest tensor has that goes into a block. What only a GPU's profile has is None on the CPU.
+    """
+
+    family: str
+    library: str
+    dtype: str
+    mode: str
+    way: str
+    size: int
+    p20: float
+    p50: float
+    p80: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+    replaced: int
+    peak: int
+    takeovers: int
+    copyslices: int
+    kernel_time: float | None
+    launches: int | None
+    copies: int | None
+
+    @property
+    def case(self) -> tuple:
+        return self.family, self.dtype, self.mode
+
+    @property
+    def title(self) -> str:
+        return f"{self.family:12s} {self.dtype} {self.mode}"
 
 
 def device_name(device: torch.device) -> str:

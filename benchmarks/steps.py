@@ -9,7 +9,6 @@ import time
 import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial, reduce
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -22,55 +21,13 @@ from safe_inplace.nn import functional as forms
 
 from .families import Family, Scale
 from .measure import cuda_samples, interval_of_median, peak_of, quantiles, trace
-from .results import RESULTS as ALL_RESULTS
+from .results import IN_PLACE, PATCHED, PLAIN, TORCH, WAYS, StepRow
 from .runner import Effort, in_turns
 
-PLAIN, TORCH, IN_PLACE, PATCHED = "plain", "torch's best", "in place", "patched"
-WAYS = (PLAIN, TORCH, IN_PLACE, PATCHED)
-RESULTS = ALL_RESULTS / "models"
-DTYPES = ("float32", "autocast", "bfloat16")
-MODES = ("train", "inference")
 # As versions of torch call it.
 COPY_SLICES = ("CopySlices", "torch::autograd::CopySlices")
 
 Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """Seconds of a step; ratio is plain's over it in the same round, low to high the interval of its median.
-
-    `size` is what the largest tensor has that goes into a block. What only a GPU's profile has is None on the CPU.
-    """
-
-    family: str
-    library: str
-    dtype: str
-    mode: str
-    way: str
-    size: int
-    p20: float
-    p50: float
-    p80: float
-    ratio: float
-    low: float
-    high: float
-    rounds: int
-    replaced: int
-    peak: int
-    takeovers: int
-    copyslices: int
-    kernel_time: float | None
-    launches: int | None
-    copies: int | None
-
-    @property
-    def case(self) -> tuple:
-        return self.family, self.dtype, self.mode
-
-    @property
-    def title(self) -> str:
-        return f"{self.family:12s} {self.dtype} {self.mode}"
 
 
 def _may_write(target: Any, *operands: Any) -> bool:

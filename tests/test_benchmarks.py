@@ -349,8 +349,8 @@ def test_a_gpu_host_measures_models_where_asked(tmp_path):
     tiny = "--tiny --families Dinov2 --modes inference --dtypes float32 --rounds 1"
     status, _ = gpu_host(tmp_path, STAGES="models", BENCH_ARGS=tiny)
     assert status == 0
-    _, rows = results.read(tmp_path / "models.csv", steps.StepRow)
-    assert [row.way for row in rows] == list(steps.WAYS)
+    _, rows = results.read(tmp_path / "models.csv", results.StepRow)
+    assert [row.way for row in rows] == list(results.WAYS)
 
 
 def tree_in_a_repository(folder):
@@ -460,7 +460,7 @@ def run_tiny(name, dtype="float32", mode="train"):
     if not family.installed:
         pytest.skip(f"{family.library} is not installed")
     rows = steps.run_step(family, families.TINY, dtype, mode, CPU, TINY)
-    assert [row.way for row in rows] == list(steps.WAYS)
+    assert [row.way for row in rows] == list(results.WAYS)
     return {row.way: row for row in rows}
 
 
@@ -477,14 +477,14 @@ def test_every_way_of_every_model_does_its_own(name):
 
 
 def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
-    monkeypatch.setattr(steps.OPS[steps.IN_PLACE], "mul_add", lambda branch, scale, shift: branch + shift)
+    monkeypatch.setattr(steps.OPS[results.IN_PLACE], "mul_add", lambda branch, scale, shift: branch + shift)
     with pytest.raises(AssertionError):
         run_tiny("ConvNeXtV2")
 
 
 def test_views_that_torch_writes_to_are_seen(monkeypatch):
     """Swin's second branch is what a linear layer returned: torch's own add_ to it goes through CopySlices."""
-    monkeypatch.setattr(steps.OPS[steps.TORCH], "add", lambda branch, other: branch.add_(other))
+    monkeypatch.setattr(steps.OPS[results.TORCH], "add", lambda branch, other: branch.add_(other))
     rows = run_tiny("Swin")
     assert [row.copyslices > 0 for row in rows.values()] == [False, True, False, False]
 
@@ -512,9 +512,9 @@ def test_models_from_the_command_line(tmp_path, capsys):
     options = ["--families", "Dinov2", "GPT-2", "--modes", "inference", "--rounds", "1", "--threads", threads]
     assert command.main(["models", "--device", "cpu", "--tiny", *options, "--output", str(out)]) == 0
     printed = capsys.readouterr().out
-    about, rows = results.read(out, steps.StepRow)
+    about, rows = results.read(out, results.StepRow)
     assert about["clock"] == "wall" and rows[0].launches is None
-    assert len(report.by_case(rows)) == 2 * len(steps.DTYPES)
+    assert len(report.by_case(rows)) == 2 * len(results.STEP_DTYPES)
     assert report.steps_table(rows).splitlines()[-1] in printed
     page = tmp_path / "patch.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -523,6 +523,11 @@ def test_models_from_the_command_line(tmp_path, capsys):
     first = {path: path.read_bytes() for path in made}
     assert report.write_models(out.parent, page) == made and {path: path.read_bytes() for path in made} == first
     assert "old" not in page.read_text() and "GPT-2" in page.read_text()
+
+
+def test_a_family_that_there_is_not_is_said_to_be_none():
+    with pytest.raises(SystemExit, match=r"no families \['Dinov9'\]: there are \['Dinov2'"):
+        command.main(["models", "--tiny", "--families", "Dinov9", "Dinov2"])
 
 
 def test_models_gain_where_the_whole_interval_does():
@@ -537,5 +542,5 @@ def test_models_gain_where_the_whole_interval_does():
 def test_the_page_of_patch_is_what_the_result_files_say():
     text = report.PATCH_PAGE.read_text()
     assert report.insert(text, report.patch_section()) == text
-    if results.result_files(steps.RESULTS):
-        assert (steps.RESULTS / "README.md").read_text() == report.models_page()
+    if results.result_files(results.MODELS):
+        assert (results.MODELS / "README.md").read_text() == report.models_page()
