@@ -1,6 +1,8 @@
-"""python -m benchmarks [run] | compare | targets | report | calls
+"""python -m benchmarks [run] | models | compare | targets | report | calls
 
 run       measures, writes the result file of this device and torch, and renews plots and the README's tables
+models    measures steps of models of timm, transformers and diffusers, as far as these are installed: plain, with torch's best,
+          with the ops in place and patched; a GPU's time is its own, else as the clock says
 compare   measures the short set with this build and with another, in turns, and writes the ratios
 targets   measures what the targets are stated for and prints target and measured side by side
 report    makes the plots and the README's tables from the result files
@@ -12,12 +14,11 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Generic, TypeVar
 
 # The profiler, which counts the memory, announces each of its sessions otherwise, and what was allocated before them.
@@ -35,9 +36,10 @@ from .cases import LAYOUTS, MODES, Case, default_cases, full_cases, target_cases
 from .results import Row
 from .runner import Effort, run
 
-R = TypeVar("R", Row, compare.Compared)
+R = TypeVar("R", Row, compare.Compared, results.StepRow)
 
-COMMANDS = ("run", "compare", "targets", "report", "calls")
+COMMANDS = ("run", "models", "compare", "targets", "report", "calls")
+CLOCKS = {"wall": perf_counter, "cpu": process_time}
 SIZES = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -70,6 +72,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     runner = commands.add_parser("run", parents=[measuring], help="measure and write the results")
     runner.add_argument("--full", action="store_true", help="every op, layout, dtype, size and mode, not each with each: hours")
     runner.add_argument("--no-models", action="store_true", help="leave the model blocks out")
+    real = commands.add_parser("models", help="steps of real models")
+    real.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    real.add_argument("--rounds", type=int, default=9, help="turns of each way; the interval needs six")
+    real.add_argument("--seconds", type=float, default=0.0, help="of each turn, at least; one step is always taken")
+    real.add_argument("--within", type=float, metavar="SECONDS", help="start nothing more after as many")
+    real.add_argument("--threads", type=int, default=torch.get_num_threads())
+    real.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: what others do on the machine is no matter")
+    real.add_argument("--output", type=Path, help="the result file; a narrowed run writes none without it")
+    real.add_argument("--tiny", action="store_true", help="models of a few kilobytes, which say nothing about speed")
+    real.add_argument("--families", nargs="+", help="by name, as the tables have them")
+    real.add_argument("--dtypes", nargs="+", choices=results.STEP_DTYPES, default=results.STEP_DTYPES)
+    real.add_argument("--modes", nargs="+", choices=results.STEP_MODES, default=results.STEP_MODES)
     pair = commands.add_parser("compare", parents=[measuring], help="two builds side by side")
     pair.add_argument("--base", type=Path, required=True, help="the other build: a wheel, or a tree that has been built")
     pair.add_argument("--turns", type=int, default=3, help="of each build at each case; the rounds are divided among them")
@@ -139,7 +153,7 @@ def gather(
             for rows in found:
                 gathered.rows += rows
                 gathered.done += 1
-                progress.update(task, advance=1, description=f"{rows[-1].op:12s} {rows[-1].layout}")
+                progress.update(task, advance=1, description=rows[-1].title)
                 if options.within and perf_counter() - began > options.within:
                     why = "the time is up"
                     break
@@ -170,7 +184,7 @@ def compare_builds(arguments: list[str], options: argparse.Namespace, console: C
     with compare.builds(options.base, arguments) as (new, base):
         about = {k: v for k, v in new.about.items() if k not in ("package", "lacks")}
         about |= {"base": compare.name_of(options.base), "base_extension": base.about["extension"]}
-        about["command"] = shlex.join(["python", "-m", "benchmarks", *arguments])
+        about["command"] = results.command_line(arguments)
         lacks = {*new.about["lacks"], *base.about["lacks"]}
         wanted = [job for job in range(len(jobs)) if job not in lacks]
         found = (compare.in_turns(new, base, job, options.turns) for job in wanted)
@@ -192,15 +206,52 @@ def compare_builds(arguments: list[str], options: argparse.Namespace, console: C
     return 0 if gathered.failure is None else 1
 
 
+def measure_models(options: argparse.Namespace, console: Console) -> int:
+    # Not above: the base of a comparison may be a build without what these need.
+    from . import families, steps
+
+    unknown = {*(options.families or [])} - {family.name for family in families.FAMILIES}
+    if unknown:
+        raise SystemExit(f"no families {sorted(unknown)}: there are {[family.name for family in families.FAMILIES]}")
+    device = torch.device(options.device)
+    torch.set_num_threads(options.threads)
+    scale = families.TINY if options.tiny else families.for_device(device)
+    chosen = [family for family in families.FAMILIES if not options.families or family.name in options.families]
+    wanted = steps.cases(chosen, options.dtypes, options.modes)
+    about = results.provenance(device) | {"clock": "device" if device.type == "cuda" else options.clock}
+    effort = Effort(options.rounds, options.seconds, limit=float("inf"))
+    found = steps.run(wanted, scale, device, effort, CLOCKS[options.clock])
+    gathered = gather(found, len(wanted), "building", options, console)
+    if not gathered.rows:
+        console.print("nothing was measured")
+        return 1
+    if gathered.done < len(wanted):
+        about["measured"] = f"{gathered.done} of {len(wanted)} cases"
+    narrowed = (options.dtypes, options.modes) != (results.STEP_DTYPES, results.STEP_MODES)
+    whole = not (options.tiny or options.families or narrowed)
+    path = options.output or (results.MODELS / results.file_name(about) if whole else None)
+    # Not wrapped: it is to be pasted.
+    console.print(report.steps_table(gathered.rows), soft_wrap=True, markup=False, highlight=False)
+    if path:
+        results.write(path, about, gathered.rows)
+        console.print(f"written: {path}")
+        if path.parent.resolve() == results.MODELS:
+            for made in report.write_models():
+                console.print(f"written: {made}")
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
     if options.command == "report":
-        for path in report.write():
+        for path in (*report.write(), *report.write_models()):
             console.print(path)
         return 0
+    if options.command == "models":
+        return measure_models(options, console)
     if options.command == "calls":
         console.print(calls.report([BY_NAME[name] for name in options.ops], options.callgrind))
         return 0

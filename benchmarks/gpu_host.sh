@@ -9,10 +9,11 @@
 #   COMMIT=0123abc           what the results call the tree; needed where it has no history of its own
 #   BASE=some.whl            another build, or a tree to build it from: every row's time over that with it, in compare.csv
 #   BASE_COMMIT=4567def      what the results call the base, where it has no history either
-#   STAGES="build tests"     a choice of: build tests memcheck racecheck benchmarks compare
+#   STAGES="build tests"     a choice of: build tests memcheck racecheck benchmarks compare, and models, which is only done if
+#                            asked for: steps of what is installed of timm, transformers and diffusers, in models.csv
 #   LIMIT=570                seconds for all stages together: none runs past them
 #   WHEEL=some.whl           the wheel that an earlier build left in its folder, instead of compiling
-#   BENCH_ARGS="--ops mul_"  arguments for python -m benchmarks run, or compare
+#   BENCH_ARGS="--ops mul_"  arguments for python -m benchmarks run, compare or models
 #   TEST_ARGS="-k mul_"      arguments for pytest
 #   PYTHON=python3.12
 set -uo pipefail
@@ -193,6 +194,11 @@ benchmarks() {
   return $rc
 }
 
+models() {
+  # shellcheck disable=SC2086
+  "$python" -m benchmarks models --device "$device" --within $((SECONDS_LEFT - 40)) --output "$out/models.csv" ${BENCH_ARGS-}
+}
+
 # A tree is built as it is: in a copy, and without what it was built into before.
 compare() {
   if [ -d "$base" ]; then
@@ -209,7 +215,7 @@ compare() {
 }
 
 # timeout starts a program, not a shell function.
-export -f commit_of build make_wheel tests sanitize benchmarks compare lacking
+export -f commit_of build make_wheel tests sanitize benchmarks models compare lacking
 export python scratch device out wheel base BENCH_ARGS TEST_ARGS COMMIT
 
 stage build 400 "pip setuptools wheel ninja packaging" bash -c build
@@ -226,6 +232,7 @@ for tool in memcheck racecheck; do
   fi
 done
 stage benchmarks 400 "numpy rich matplotlib" bash -c benchmarks
+stage models 900 "numpy rich matplotlib transformers" bash -c models
 if [ -n "$base" ]; then
   stage compare 900 "numpy rich matplotlib" bash -c compare
 fi

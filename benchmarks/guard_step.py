@@ -8,8 +8,6 @@ a machine that others use as well, `--clock cpu --threads 1` counts the time tha
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import sys
 import time
 import warnings
@@ -26,6 +24,7 @@ from torch.utils.benchmark import Timer
 
 from safe_inplace import guard
 
+from .measure import interval_of_median, quantiles
 from .results import RESULTS, file_name, provenance, write
 
 Step = Callable[[], None]
@@ -199,36 +198,10 @@ def measure(name: str, step: Step, rounds: int, seconds: float, clock: Callable[
     rows = []
     for tool, samples in times.items():
         ratios = [sample / plain for sample, plain in zip(samples, times["plain"], strict=True)]
-        p20, p50, p80 = (_quantile(samples, q) for q in (0.2, 0.5, 0.8))
-        rows.append(
-            Row(
-                name,
-                tool,
-                p20,
-                p50,
-                p80,
-                statistics.median(ratios),
-                _quantile(ratios, 0.2),
-                _quantile(ratios, 0.8),
-                *_interval_of_median(ratios),
-                rounds,
-            )
-        )
+        ratio_p20, ratio, ratio_p80 = quantiles(ratios)
+        interval = interval_of_median(ratios)
+        rows.append(Row(name, tool, *quantiles(samples), ratio, ratio_p20, ratio_p80, *interval, rounds))
     return rows
-
-
-def _interval_of_median(samples: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Of any distribution: between the k-th sample from either end the median lies unless fewer than k fell on one side."""
-    ordered, n = sorted(samples), len(samples)
-    outside, k = 0.0, 0
-    while k < n // 2 and outside + 2 * math.comb(n, k) / 2**n <= 1 - confidence:
-        outside += 2 * math.comb(n, k) / 2**n
-        k += 1
-    return ordered[max(k - 1, 0)], ordered[min(n - k, n - 1)]
-
-
-def _quantile(samples: list[float], q: float) -> float:
-    return torch.tensor(samples, dtype=torch.float64).quantile(q).item()
 
 
 def verdict(row: Row, reach: float) -> str:

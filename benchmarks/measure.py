@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
@@ -261,18 +262,26 @@ def cuda_samples(prepare: Callable[[CudaClock], Any], run: Callable[[Any], None]
     return samples
 
 
+def trace(run: Callable[[], Any], *, device: bool = False) -> list[dict[str, Any]]:
+    """What the profiler saw of a run: on the host, which sees the allocators of both kinds of device, or on the device too."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device else [])]
+    with profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
+
+
 def peak_memory(device: torch.device, run: Callable[[], Any]) -> int:
     """Bytes allocated at the worst moment of a run, beyond what was there when it began.
 
     What is allocated while a MemoryClock is paused counts as having been there.
     """
-    # The host's side sees the allocators of both kinds of device.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+    return peak_of(trace(run), device)
+
+
+def peak_of(events: list[dict[str, Any]], device: torch.device) -> int:
     pauses = [
         (e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == PAUSED and e.get("cat") == "user_annotation"
     ]
@@ -290,6 +299,20 @@ def peak_memory(device: torch.device, run: Callable[[], Any]) -> int:
             counted.remove(address)
             held += size
     return peak
+
+
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
+    return tuple(float(q) for q in np.quantile(samples, [0.2, 0.5, 0.8]))
+
+
+def interval_of_median(samples: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Of any distribution: between the k-th sample from either end the median lies unless fewer than k fell on one side."""
+    ordered, n = sorted(samples), len(samples)
+    outside, k = 0.0, 0
+    while k < n // 2 and outside + 2 * math.comb(n, k) / 2**n <= 1 - confidence:
+        outside += 2 * math.comb(n, k) / 2**n
+        k += 1
+    return ordered[max(k - 1, 0)], ordered[min(n - k, n - 1)]
 
 
 def saved_bytes(forward: Callable[[], Any]) -> int:

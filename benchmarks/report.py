@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,10 +19,11 @@ from tests.op_table import OPS
 from . import targets
 from .cases import CALL, LAYOUTS, MODES, RECORDED, TRAINING, TRAINING_STEP
 from .implementations import COMPILED, COMPILED_IN_PLACE, IN_PLACE, ORDER, OURS, OUT_OF_PLACE
-from .results import RESULTS, ROOT, Row, Table, read, result_files
+from .results import MODELS, PATCHED, PLAIN, RESULTS, ROOT, WAYS, Row, StepRow, Table, read, result_files
 
 README = ROOT / "README.md"
 DETAILS = RESULTS / "README.md"
+PATCH_PAGE = ROOT / "docs" / "patch.md"
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks, not by hand -->", "<!-- /benchmarks -->"
 
 RIVALS = [IN_PLACE, OUT_OF_PLACE, COMPILED]
@@ -381,11 +383,11 @@ def title(about: dict[str, str]) -> str:
     return f"{about['device']}; torch {about['torch']}"
 
 
-def finish(figure, axes, heading: str, out: Path) -> None:
+def finish(figure, axes, heading: str, out: Path, order: Sequence[str] = ORDER) -> None:
     handles = {}
     for axis in axes.flat:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    ordered = [who for who in ORDER if who in handles]
+    ordered = [who for who in order if who in handles]
     figure.suptitle(heading, fontsize=11, x=0.01, ha="left")
     if ordered:
         figure.legend(
@@ -407,3 +409,131 @@ def write(folder: Path = RESULTS, readme: Path = README) -> list[Path]:
     (folder / DETAILS.name).write_text(details(folder))
     readme.write_text(insert(readme.read_text(), readme_section(folder)))
     return [*made, folder / DETAILS.name, readme]
+
+
+Steps = dict[tuple, dict[str, StepRow]]
+
+
+def by_case(rows: list[StepRow]) -> Steps:
+    found: Steps = {}
+    for row in rows:
+        found.setdefault(row.case, {})[row.way] = row
+    return found
+
+
+def interval_text(row: StepRow) -> str:
+    return f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
+
+
+def counts_text(counts: Iterable[int | None]) -> str:
+    return " / ".join("-" if count is None else str(count) for count in counts)
+
+
+def steps_table(rows: list[StepRow]) -> str:
+    """Every case: plain's time, how many times faster each other way is, and what was seen of all four."""
+    on_device = any(row.launches is not None for row in rows)
+    header = ["model", "of", "dtype", "step", "largest input", "plain", *(f"{way}, times faster" for way in WAYS[1:])]
+    header += ["blocks", "peak memory", "takeovers", "CopySlices"]
+    header += ["in kernels", "launches", "copies"] if on_device else []
+    body = []
+    for case, ways in by_case(rows).items():
+        seen = [ways[way] for way in WAYS]
+        plain = ways[PLAIN]
+        cells = [case[0], plain.library, *case[1:], bytes_text(plain.size), seconds_text(plain.p50)]
+        cells += [*(interval_text(row) for row in seen[1:]), str(ways[PATCHED].replaced)]
+        cells += [" / ".join(bytes_text(row.peak) for row in seen)]
+        cells += [counts_text(row.takeovers for row in seen), counts_text(row.copyslices for row in seen)]
+        if on_device:
+            cells.append(" / ".join(seconds_text(row.kernel_time or 0) for row in seen))
+            cells += [counts_text(row.launches for row in seen), counts_text(row.copies for row in seen)]
+        body.append(cells)
+    return markdown(header, body, right=4)
+
+
+def patched_table(rows: list[StepRow], gained: bool) -> str:
+    """Of each model how many times faster it is patched: of those that gain in some case, or of those that do in none."""
+    table = by_case(rows)
+    cases = list(dict.fromkeys((dtype, mode) for _, dtype, mode in table))
+    body = []
+    for family in dict.fromkeys(row.family for row in rows):
+        found = [table.get((family, *case), {}).get(PATCHED) for case in cases]
+        if any(row is not None and row.low > 1 for row in found) == gained:
+            body.append([family, *("-" if row is None else interval_text(row) for row in found)])
+    return markdown(["model", *(f"{dtype}, {mode}" for dtype, mode in cases)], body) if body else "None."
+
+
+def patch_section(folder: Path = MODELS) -> str:
+    """What docs/patch.md says of the models that were measured."""
+    parts = []
+    for path in result_files(folder):
+        about, rows = read(path, StepRow)
+        parts += [
+            f"**{about_text(about)}**",
+            "Times faster than plain, with the interval of the median. No case is above 1 with its whole interval:",
+            patched_table(rows, gained=False),
+            "Some case is:",
+            patched_table(rows, gained=True),
+        ]
+    return "\n\n".join(parts) or "Nothing has been measured yet: `python -m benchmarks models` does."
+
+
+def models_page(folder: Path = MODELS) -> str:
+    parts = [
+        "# Models",
+        "Written by `python -m benchmarks report` from the result files here. Each model of a library is built shallow, with "
+        "random weights, and a step is forward and backward, or forward alone. Where four values stand in a cell they are of the "
+        "plain model, of the same blocks with torch's best (`addcmul`, in-place methods), with the ops in place, and of "
+        "`patch(model)`. GPT-2 and Llama have no rule: their blocks were written with the ops for this measurement.",
+    ]
+    for path in result_files(folder):
+        about, rows = read(path, StepRow)
+        parts += [
+            f"## {about['device']}, torch {about['torch']}",
+            f"[{path.name}]({path.name}). {about_text(about)}, {about['clock']} clock",
+            f"![Times faster than plain]({path.with_suffix('.png').name})",
+            steps_table(rows),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+WAY_COLORS = dict(zip(WAYS[1:], (COLORS[OUT_OF_PLACE], COLORS[COMPILED_IN_PLACE], COLORS[OURS]), strict=True))
+
+
+def plot_steps(path: Path, out: Path) -> None:
+    about, rows = read(path, StepRow)
+    table = by_case(rows)
+    dtypes, modes = (list(dict.fromkeys(values)) for values in zip(*((case[1], case[2]) for case in table), strict=True))
+    names = list(dict.fromkeys(case[0] for case in table))
+    size = (3.4 * len(dtypes) + 1.5, len(modes) * (0.24 * len(names) + 0.7) + 0.8)
+    figure, axes = plt.subplots(
+        len(modes), len(dtypes), figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for line, mode in zip(axes, modes, strict=True):
+        for axis, dtype in zip(line, dtypes, strict=True):
+            for height, name in enumerate(reversed(names)):
+                for way, color in WAY_COLORS.items():
+                    row = table.get((name, dtype, mode), {}).get(way)
+                    if row is None:
+                        continue
+                    if way == PATCHED:
+                        axis.plot([row.low, row.high], [height, height], color=color, linewidth=1.5, alpha=0.5)
+                    axis.scatter(row.ratio, height, color=color, s=24 if way == PATCHED else 12, zorder=3, label=way)
+            axis.axvline(1, color="0.3", linewidth=1)
+            axis.set_title(f"{dtype}, {mode}", fontsize=10, loc="left")
+            axis.grid(True, axis="x", color="0.92")
+            axis.spines[["top", "right", "left"]].set_visible(False)
+            axis.tick_params(axis="y", length=0)
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(names)), names[::-1], fontsize=8)
+    finish(figure, axes, f"Times faster than plain.  {title(about)}", out, list(WAY_COLORS))
+
+
+def write_models(folder: Path = MODELS, page: Path = PATCH_PAGE) -> list[Path]:
+    """Makes everything that is made from the result files of models, and tells what it wrote."""
+    made = []
+    for path in result_files(folder):
+        plot_steps(path, path.with_suffix(".png"))
+        made.append(path.with_suffix(".png"))
+    (folder / "README.md").write_text(models_page(folder))
+    page.write_text(insert(page.read_text(), patch_section(folder)))
+    return [*made, folder / "README.md", page]

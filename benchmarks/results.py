@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,16 @@ from .cases import past_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+
+MODELS = RESULTS / "models"
+
+R = TypeVar("R")
+
+# The ways to run a step of a real model, in what, and what of it.
+PLAIN, TORCH, IN_PLACE, PATCHED = "plain", "torch's best", "in place", "patched"
+WAYS = (PLAIN, TORCH, IN_PLACE, PATCHED)
+STEP_DTYPES = ("float32", "autocast", "bfloat16")
+STEP_MODES = ("train", "inference")
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,10 @@ class Measured:
     def case(self) -> tuple:
         return self.op, self.layout, self.dtype, self.size, self.mode
 
+    @property
+    def title(self) -> str:
+        return f"{self.op:12s} {self.layout}"
+
 
 @dataclass(frozen=True)
 class Row(Measured):
@@ -56,6 +70,43 @@ class Row(Measured):
     share: float | None
     peak: int | None
     saved: int | None
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """Seconds of a step; ratio is plain's over it in the same round, low to high the interval of its median.
+
+    `size` is what the largest tensor has that goes into a block. What only a GPU's profile has is None on the CPU.
+    """
+
+    family: str
+    library: str
+    dtype: str
+    mode: str
+    way: str
+    size: int
+    p20: float
+    p50: float
+    p80: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+    replaced: int
+    peak: int
+    takeovers: int
+    copyslices: int
+    kernel_time: float | None
+    launches: int | None
+    copies: int | None
+
+    @property
+    def case(self) -> tuple:
+        return self.family, self.dtype, self.mode
+
+    @property
+    def title(self) -> str:
+        return f"{self.family:12s} {self.dtype} {self.mode}"
 
 
 def device_name(device: torch.device) -> str:
@@ -86,6 +137,15 @@ def commit(tree: Path = ROOT, variable: str = "COMMIT") -> str:
     return f"{head}-dirty" if changed else head
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    """What measures this again. Where the results were written to is no part of it."""
+    kept = list(arguments)
+    if "--output" in kept:
+        at = kept.index("--output")
+        del kept[at : at + 2]
+    return shlex.join(["python", "-m", "benchmarks", *kept])
+
+
 def provenance(device: torch.device) -> dict[str, str]:
     extension = Path(safe_inplace._C.__file__)
     return {
@@ -96,7 +156,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit(),
         "extension": hashlib.sha256(extension.read_bytes()).hexdigest()[:12],
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": command_line(sys.argv[1:]),
         # Bytes from which on an input counts as past the last cache of the device.
         "past_cache": str(past_cache(device)),
         # Of the last minute, before this run added to it: what else the machine was doing.
@@ -123,13 +183,13 @@ def write(path: Path, about: dict[str, str], rows: Sequence[Any]) -> None:
     partial.replace(path)
 
 
-def read(path: Path) -> tuple[dict[str, str], list[Row]]:
+def read(path: Path, kind: type[R] = Row) -> tuple[dict[str, str], list[R]]:
     kinds = {"str": str, "int": int, "float": float, "int | None": int, "float | None": float}
-    convert = {f.name: kinds[f.type] for f in fields(Row)}
+    convert = {f.name: kinds[f.type] for f in fields(kind)}
     with path.open(newline="") as file:
         about = json.loads(file.readline().removeprefix("# "))
         rows = [
-            Row(**{k: None if v == "" else convert[k](v) for k, v in record.items()}) for record in csv.DictReader(file)
+            kind(**{k: None if v == "" else convert[k](v) for k, v in record.items()}) for record in csv.DictReader(file)
         ]
     return about, rows
 

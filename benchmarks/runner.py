@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
-import numpy as np
 import torch
 import torch._dynamo.utils
 from torch.utils.benchmark import Timer
@@ -24,6 +23,7 @@ from .measure import (
     cuda_samples,
     peak_memory,
     prepared_samples,
+    quantiles,
     saved_bytes,
 )
 from .results import Row
@@ -80,10 +80,6 @@ def in_turns(samplers: dict[str, Sampler], effort: Effort) -> dict[str, list[flo
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             samples[name] += samplers[name](effort.seconds)
     return samples
-
-
-def quantiles(samples: list[float]) -> tuple[float, float, float]:
-    return tuple(float(q) for q in np.quantile(samples, [0.2, 0.5, 0.8]))
 
 
 COPY = "copy"

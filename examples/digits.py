@@ -9,7 +9,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +119,23 @@ class Digits:
             yield self.images[chosen], self.labels[chosen]
 
 
+def allocations(run: Callable[[], object], cuda: bool = False) -> list[int]:
+    """Bytes allocated on top of what a run began with, at each allocation and release.
+
+    From the allocator's own reports, which every kernel's memory passes through: a Python-level tracker would see neither
+    what a C++ node keeps nor what a kernel allocates.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    reports = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == int(cuda)]
+    live = 0
+    return [live := live + report["args"]["Bytes"] for report in sorted(reports, key=lambda report: report["ts"])]
+
+
 @dataclass
 class Run:
     """One training: its model and optimizer, and what was seen of them."""
@@ -160,23 +177,8 @@ class Run:
         self.saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
     def measure_memory(self, images: Tensor, labels: Tensor) -> None:
-        """Bytes allocated on top of what the step began with, at each allocation and release in forward and backward.
-
-        From the allocator's own reports, which every kernel's memory passes through: a Python-level tracker would see
-        neither what a C++ node keeps nor what a kernel allocates.
-        """
         self.optimizer.zero_grad(set_to_none=False)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            F.cross_entropy(self.model(images), labels).backward()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder, "trace.json")
-            profiler.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        kind = 1 if images.is_cuda else 0
-        reports = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == kind]
-        reports.sort(key=lambda report: report["ts"])
-        live = 0
-        self.memory = [live := live + report["args"]["Bytes"] for report in reports]
+        self.memory = allocations(lambda: F.cross_entropy(self.model(images), labels).backward(), cuda=images.is_cuda)
 
 
 def train(runs: list[Run], digits: Digits, options: argparse.Namespace, console: Console) -> None:

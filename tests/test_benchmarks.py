@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, models, report, results, targets
+from benchmarks import cases, compare, families, models, report, results, steps, targets
 from benchmarks.cases import (
     CALL,
     FORWARD,
@@ -37,7 +37,7 @@ from benchmarks.cases import (
     target_cases,
 )
 from benchmarks.implementations import COMPILED, COMPILED_IN_PLACE, IN_PLACE, OURS, OUT_OF_PLACE, implementations
-from benchmarks.measure import Clock, Workload
+from benchmarks.measure import Clock, Workload, interval_of_median
 from benchmarks.runner import Effort, in_turns, run_case, run_model
 from tests.op_table import BY_NAME, OPS
 
@@ -246,6 +246,12 @@ def test_the_memory_of_backward_is_judged_in_every_layout(layout):
     assert all(v.met for v in verdicts)
 
 
+def test_the_command_that_is_kept_says_what_was_measured_and_not_where_to():
+    arguments = ["models", "--output", "some/rows.csv", "--rounds", "6"]
+    assert results.command_line(arguments) == "python -m benchmarks models --rounds 6"
+    assert results.command_line(["--ops", "add_"]) == "python -m benchmarks --ops add_"
+
+
 def test_narrowed_run_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "rows.csv"
     options = ["--ops", "add_", "--layouts", "full", "--sizes", "4KiB", "--rounds", "1", "--seconds", "1e-6"]
@@ -299,7 +305,7 @@ def test_triton_kernels_compute_the_ops():
     code = """
 import torch
 from benchmarks.cases import FORWARD, LAYOUTS, product
-from benchmarks.measure import Clock, Workload
+from benchmarks.measure import Clock, Workload, interval_of_median
 from benchmarks.triton_kernels import elementwise
 from tests.op_table import OPS
 for case in product(OPS, LAYOUTS, [torch.float32], [16 << 10], [FORWARD]):
@@ -335,6 +341,16 @@ def test_a_gpu_hosts_stages_say_why_they_did_not_run(tmp_path):
     status, summary = gpu_host(tmp_path, STAGES="tests", LIMIT="0")
     assert status == 1
     assert "tests      not run: the 0 s are used up" in summary
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a device")
+def test_a_gpu_host_measures_models_where_asked(tmp_path):
+    pytest.importorskip("transformers")
+    tiny = "--tiny --families Dinov2 --modes inference --dtypes float32 --rounds 1"
+    status, _ = gpu_host(tmp_path, STAGES="models", BENCH_ARGS=tiny)
+    assert status == 0
+    _, rows = results.read(tmp_path / "models.csv", results.StepRow)
+    assert [row.way for row in rows] == list(results.WAYS)
 
 
 def tree_in_a_repository(folder):
@@ -437,3 +453,94 @@ def test_a_ratio_is_taken_within_a_turn():
     assert (found.ratio, found.low, found.high) == (2.0, 1.0, 3.0)
     assert (found.new, found.base) == (2.0, 2.0)
     assert asked == ["base", "new", "new", "base", "base", "new"]
+
+
+def run_tiny(name, dtype="float32", mode="train"):
+    (family,) = (family for family in families.FAMILIES if family.name == name)
+    if not family.installed:
+        pytest.skip(f"{family.library} is not installed")
+    rows = steps.run_step(family, families.TINY, dtype, mode, CPU, TINY)
+    assert [row.way for row in rows] == list(results.WAYS)
+    return {row.way: row for row in rows}
+
+
+@pytest.mark.parametrize("name", [family.name for family in families.FAMILIES])
+def test_every_way_of_every_model_does_its_own(name):
+    """Each way is held against the plain model before it is timed, so a step that computes something else raises."""
+    training = run_tiny(name)
+    assert [row.replaced > 0 for row in training.values()] == [False, True, True, True]
+    assert {row.copyslices for row in training.values()} == {0}
+    assert all(row.size > 0 and row.peak > row.size and row.p50 > 0 for row in training.values())
+    inference = run_tiny(name, "bfloat16", "inference")
+    # What nobody needs afterwards is written over by the patched model alone: the others are told where.
+    assert [row.takeovers > 0 for row in inference.values()] == [False, False, False, True]
+
+
+def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
+    monkeypatch.setattr(steps.OPS[results.IN_PLACE], "mul_add", lambda branch, scale, shift: branch + shift)
+    with pytest.raises(AssertionError):
+        run_tiny("ConvNeXtV2")
+
+
+def test_views_that_torch_writes_to_are_seen(monkeypatch):
+    """Swin's second branch is what a linear layer returned: torch's own add_ to it goes through CopySlices."""
+    monkeypatch.setattr(steps.OPS[results.TORCH], "add", lambda branch, other: branch.add_(other))
+    rows = run_tiny("Swin")
+    assert [row.copyslices > 0 for row in rows.values()] == [False, True, False, False]
+
+
+def test_the_time_in_kernels_is_read_from_a_trace():
+    events = [
+        {"cat": "kernel", "name": "a", "dur": 2.0},
+        {"cat": "kernel", "name": "b", "dur": 3.0},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoD (Device -> Device)", "dur": 7.0},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pageable -> Device)", "dur": 7.0},
+        {"cat": "cpu_op", "name": "aten::add", "dur": 9.0},
+    ]
+    assert steps.on_device(events) == (5e-6, 2, 1)
+
+
+@pytest.mark.parametrize("count, low, high", [(5, 0, 4), (6, 0, 5), (9, 1, 7), (15, 3, 11)])
+def test_the_interval_of_a_median(count, low, high):
+    assert interval_of_median([float(i) for i in range(count)][::-1]) == (low, high)
+
+
+def test_models_from_the_command_line(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    out = tmp_path / "models" / "rows.csv"
+    threads = str(torch.get_num_threads())
+    options = ["--families", "Dinov2", "GPT-2", "--modes", "inference", "--rounds", "1", "--threads", threads]
+    assert command.main(["models", "--device", "cpu", "--tiny", *options, "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    about, rows = results.read(out, results.StepRow)
+    assert about["clock"] == "wall" and rows[0].launches is None
+    assert len(report.by_case(rows)) == 2 * len(results.STEP_DTYPES)
+    assert report.steps_table(rows).splitlines()[-1] in printed
+    page = tmp_path / "patch.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    made = report.write_models(out.parent, page)
+    assert [path.name for path in made] == ["rows.png", "README.md", "patch.md"]
+    first = {path: path.read_bytes() for path in made}
+    assert report.write_models(out.parent, page) == made and {path: path.read_bytes() for path in made} == first
+    assert "old" not in page.read_text() and "GPT-2" in page.read_text()
+
+
+def test_a_family_that_there_is_not_is_said_to_be_none():
+    with pytest.raises(SystemExit, match=r"no families \['Dinov9'\]: there are \['Dinov2'"):
+        command.main(["models", "--tiny", "--families", "Dinov9", "Dinov2"])
+
+
+def test_models_gain_where_the_whole_interval_does():
+    pytest.importorskip("transformers")
+    rows = list(run_tiny("Dinov2").values())
+    for low, gained in ((0.99, False), (1.01, True)):
+        judged = [replace(row, ratio=1.1, low=low, high=1.2) for row in rows]
+        assert report.patched_table(judged, gained).splitlines()[-1] == f"| Dinov2 | 1.10 ({low} to 1.20) |"
+        assert report.patched_table(judged, not gained) == "None."
+
+
+def test_the_page_of_patch_is_what_the_result_files_say():
+    text = report.PATCH_PAGE.read_text()
+    assert report.insert(text, report.patch_section()) == text
+    if results.result_files(results.MODELS):
+        assert (results.MODELS / "README.md").read_text() == report.models_page()

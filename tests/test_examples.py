@@ -11,8 +11,9 @@ import safe_inplace
 
 pytest.importorskip("sklearn", reason="the demo's digits are scikit-learn's")
 pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
 
-from examples import digits, guard_report, tutorial_modules
+from examples import digits, dit, guard_report, side_by_side, tutorial_modules
 
 QUIET = Console(quiet=True)
 
@@ -113,3 +114,56 @@ def test_guard_report(capsys, monkeypatch):
     assert "x = self.ops.addcmul_(x, self.layer_scale, h)" in printed
     assert "h = self.space(self.norm(x).relu())" in printed
     assert re.search(r"^  0 hazards$", printed, re.MULTILINE)
+
+
+def assert_trained_alike(runs, printed):
+    """To rounding: the fused forms round once where the lines round twice."""
+    plain, ours = runs
+    assert len(plain.losses) == len(plain.times) == 4
+    torch.testing.assert_close(ours.losses, plain.losses, rtol=1e-5, atol=0)
+    assert ours.losses[-1] != ours.losses[0]
+    assert min(ours.memory, plain.memory) > 0
+    assert re.search(rf"^{ours.name} +{ours.losses[-1]:.4f} ", printed, re.MULTILINE)
+
+
+TINY = ["--steps", "4", "--guarded-steps", "2", "--batch-size", "8"]
+
+
+@pytest.mark.parametrize("model, block, counted", [("vit", "Dinov2Layer", 4), ("convnextv2", "ConvNextV2Layer", 4)])
+def test_a_patched_model_is_fine_tuned_as_the_plain_one(capsys, model, block, counted):
+    pytest.importorskip("transformers")
+    from examples import fine_tune
+
+    torch.manual_seed(0)
+    runs = fine_tune.main(["--model", model, *TINY])
+    printed = capsys.readouterr().out
+    assert_trained_alike(runs, printed)
+    assert f"{counted} x {block} <-" in printed
+    # Each of the four steps, and the one whose memory was measured.
+    assert f"'forward.replaced': {5 * counted}" in printed
+
+
+def test_a_dit_of_ready_modules_is_the_plain_one(capsys):
+    torch.manual_seed(0)
+    runs = dit.main(TINY)
+    printed = capsys.readouterr().out
+    assert_trained_alike(runs, printed)
+    assert len(printed.splitlines()) == 3 + 8
+
+
+def test_the_first_steps_are_guarded():
+    """A model that writes to what its norm kept: named at its line, and where no step is guarded, refused in backward."""
+
+    class Careless(torch.nn.Linear):
+        def forward(self, images):
+            h = super().forward(images.flatten(1)).sigmoid()
+            return h.mul_(2)
+
+    def loss(model, images, labels):
+        return model(images).sum()
+
+    for guarded, error in ((1, safe_inplace.HazardError), (0, RuntimeError)):
+        options = argparse.Namespace(steps=1, guarded_steps=guarded, batch_size=8)
+        with pytest.raises(error) as raised:
+            side_by_side.train([side_by_side.Run("careless", Careless(64, 10), loss)], options)
+        assert ("h.mul_(2)" in str(raised.value)) == bool(guarded)
