@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 import torch
 
 from .. import _C
-from .hazards import Hazard
+from .hazards import Hazard, summary
 from .judge import Judge
 from .modes import OnHazard
 from .say import say_once
 from .torch_patches import let_higher_order_operators_pass, torch_patches
-from .words import bytes_in_words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -132,20 +131,7 @@ class guard(Judge):
 
     def summary(self, color: bool = False) -> str:
         """The hazards, the dearest first, one report each."""
-        if not self._findings.hazards:
-            return "safe_inplace guard: no hazards"
-        hazards = sorted(self._findings.hazards.values(), key=lambda hazard: (-hazard.bytes_copied, -hazard.count))
-        total = f"safe_inplace guard: {self.hazards_seen} hazard{'s' * (self.hazards_seen != 1)}"
-        total += f" between {len(hazards)} pair{'s' * (len(hazards) != 1)} of lines"
-        if self.bytes_copied:
-            total += f", {bytes_in_words(self.bytes_copied)} copied"
-        paragraphs = [total]
-        for hazard in hazards:
-            times = f"{hazard.count} time{'s' * (hazard.count != 1)}"
-            if hazard.bytes_copied:
-                times += f", {bytes_in_words(hazard.bytes_copied)} copied"
-            paragraphs.append(f"{times}: {hazard.text(color)}")
-        return "\n\n".join(paragraphs)
+        return summary(self.hazards, color)
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -69,7 +69,7 @@ class Findings:
     def known(self, note: Note) -> Hazard | None:
         return self.hazards.get(note[0])
 
-    def found(self, note: Note, saved: _C.Saved | None = None, bytes_copied: int = 0) -> Hazard:
+    def found(self, note: Note, saved: _C.Saved | None = None, bytes_copied: int = 0, repaired: bool = False) -> Hazard:
         """It is a hazard: listed from now on, with the first value that it befell, and counted."""
         key, described = note
         with self.lock:
@@ -81,8 +81,12 @@ class Findings:
                     look = saved.place[2] is not None
                     named = parameter_name(saved.value, look) if saved.parameter else None
                     hazard = replace(described, parameter=named, **value_of(saved))
+                for site in (hazard.mutation, hazard.save):
+                    if site is not None:
+                        site.look_up()
                 self.hazards[key] = hazard
             hazard.count += 1
+            hazard.repaired += repaired
             hazard.bytes_copied += bytes_copied
         return hazard
 

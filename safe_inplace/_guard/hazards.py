@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +68,11 @@ class Hazard(Facts):
             return {
                 "filename": value.filename,
                 "lineno": value.lineno,
+                "columns": value.columns and list(value.columns),
                 "function": value.function,
                 "source": value.source,
                 "module": value.module,
+                "module_path": value.module_path,
                 "caller": site(value.caller),
             }
 
@@ -84,9 +87,28 @@ class Hazard(Facts):
             "device": str(self.device),
             "parameter": self.parameter,
             "count": self.count,
+            "repaired": self.repaired,
             "bytes_copied": self.bytes_copied,
             "remedies": self.remedies,
         }
+
+
+def summary(hazards: Collection[Hazard], color: bool = False, who: str = "safe_inplace guard") -> str:
+    """The hazards, the dearest first, one report each."""
+    if not hazards:
+        return f"{who}: no hazards"
+    seen = sum(hazard.count for hazard in hazards)
+    copied = sum(hazard.bytes_copied for hazard in hazards)
+    total = f"{who}: {seen} hazard{'s' * (seen != 1)} between {len(hazards)} pair{'s' * (len(hazards) != 1)} of lines"
+    if copied:
+        total += f", {bytes_in_words(copied)} copied"
+    paragraphs = [total]
+    for hazard in sorted(hazards, key=lambda hazard: (-hazard.bytes_copied, -hazard.count)):
+        times = f"{hazard.count} time{'s' * (hazard.count != 1)}"
+        if hazard.bytes_copied:
+            times += f", {bytes_in_words(hazard.bytes_copied)} copied"
+        paragraphs.append(f"{times}: {hazard.text(color)}")
+    return "\n\n".join(paragraphs)
 
 
 class _Report(Exception):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .. import _C
-from .modules import module_in_words
+from .modules import named
 from .say import say_once
 
 # Code and instruction of a line, the innermost module that was being called, code and instruction of the caller's line.
@@ -64,21 +64,31 @@ class Site:
     function: str
     source: str
     columns: tuple[int, int] | None = field(default=None, compare=False, repr=False)
-    called: weakref.ref[torch.nn.Module] | str | None = field(default=None, compare=False, repr=False)
+    called: weakref.ref[torch.nn.Module] | tuple[str, str] | None = field(default=None, compare=False, repr=False)
     caller: Site | None = field(default=None, compare=False)  # the user's line that led there, into an installed package
+
+    def look_up(self) -> tuple[str, str] | None:
+        """Path and words of the innermost module that was being called. Looked up when the line is reported: most never are,
+        and at the end of a program the module is gone."""
+        if isinstance(self.called, weakref.ref):
+            module = self.called()
+            object.__setattr__(self, "called", named(module) if module is not None else None)
+        return self.called  # type: ignore[return-value]
 
     @property
     def module(self) -> str | None:
-        """The innermost module that was being called, by its path. Looked up when it is asked for: most lines never are."""
-        if not isinstance(self.called, weakref.ref):
-            return self.called
-        module = self.called()
-        words = module_in_words(module) if module is not None else None
-        object.__setattr__(self, "called", words)
-        return words
+        """The innermost module that was being called, in words, with its path."""
+        called = self.look_up()
+        return called and (f"{called[0]}: {called[1]}" if called[0] else called[1])
+
+    @property
+    def module_path(self) -> str | None:
+        """Where that module lies in the outermost one that holds it; empty for the outermost itself."""
+        called = self.look_up()
+        return called and called[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Site, (self.filename, self.lineno, self.function, self.source, self.columns, self.module, self.caller)
+        return Site, (self.filename, self.lineno, self.function, self.source, self.columns, self.look_up(), self.caller)
 
     def __str__(self) -> str:
         return f"{self.filename}:{self.lineno}, in {self.function}"
