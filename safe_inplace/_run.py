@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
-from . import _program
-from ._guard import HazardError, guard
-from ._guard.hazards import summary
+from . import _process, _program
+from ._guard import HazardError
 from ._guard.modes import MODES
 
 # Of the layout of the file that --json writes (docs/run.md); raised when a key goes or changes its meaning.
@@ -27,11 +25,7 @@ SCHEMA = 1
 HAZARDS = 86
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_OURS = (__file__, _program.__file__, runpy.__file__)
-
-
-def _wants_color(stream: Any) -> bool:
-    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+_OURS = (__file__, _program.__file__, _process.__file__)
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -67,15 +61,9 @@ def _split(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
     return arguments[:end], False, arguments[end + (arguments[end : end + 1] == ["--"]) :]
 
 
-def _rank() -> int | None:
-    """Of this process among those of a launcher such as torchrun."""
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdecimal() and "WORLD_SIZE" in os.environ else None
-
-
 def _of_this_rank(path: str) -> str:
     """Ranks write files of their own: found.json becomes found.rank3.json."""
-    rank = _rank()
+    rank = _process.rank()
     stem, extension = os.path.splitext(path)
     return path if rank is None else f"{stem}.rank{rank}{extension}"
 
@@ -97,22 +85,21 @@ def _print_exception(error: BaseException) -> None:
         print("".join(described.format()), end="", file=sys.stderr)
 
 
-class _Run:
+class _Run(_process.FirstGuard):
     """One program under guard, and what is told of it at its end, however that comes."""
 
     def __init__(self, options: argparse.Namespace, file: TextIO | None) -> None:
-        self._options = options
+        super().__init__(options.on_hazard, options.verify)
+        self._exit_zero = options.exit_zero
         self._file = file
-        self._guard = guard(options.on_hazard, verify=options.verify)
-        self._told = False
+        self._stopped = False
 
-    def status(self, program: Callable[[], None]) -> int:
-        self._argv = list(sys.argv)
-        self._report_on_sigterm()
-        stopped = False
+    def run(self, program: Callable[[], None]) -> int:
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._end_by)
+        self.start()
         try:
-            with self._guard:
-                program()
+            program()
             status = 0
         except SystemExit as exit:
             if isinstance(exit.code, str):
@@ -122,61 +109,62 @@ class _Run:
             status = 130
         except Exception as error:
             _print_exception(error)
-            stopped = isinstance(error, HazardError)
+            self._stopped = isinstance(error, HazardError)
             status = 1
+        finally:
+            self.leave()
+        # As the interpreter does before it ends.
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
-        self.tell(status)
-        return self._verdict(status, stopped)
+        if "multiprocessing" in sys.modules:
+            for child in sys.modules["multiprocessing"].active_children():
+                if not child.daemon:
+                    child.join()
+        return self.end(status)
 
-    def _verdict(self, status: int, stopped: bool) -> int:
-        if self._options.exit_zero:
-            return 0 if stopped else status
-        if any(hazard.repaired < hazard.count for hazard in self._guard.hazards):
+    def end(self, status: int) -> int:
+        super().end(status)
+        if os.getpid() != self._pid:
+            return status
+        if self._exit_zero:
+            return 0 if self._stopped else status
+        if not all(record.repaired for record in (self.record, *self.others)):
             return HAZARDS
         if status & 0xFF == HAZARDS:
             print(f"safe_inplace guard: the program itself exits with {HAZARDS}; 1 stands for it", file=sys.stderr)
             return 1
         return status
 
-    def tell(self, status: int) -> None:
-        if self._told:
+    def told(self, status: int) -> None:
+        if self._file is None:
             return
-        self._told = True
-        sys.stdout.flush()
-        rank = _rank()
-        who = "safe_inplace guard" if rank is None else f"safe_inplace guard, rank {rank}"
-        print(summary(self._guard.hazards, _wants_color(sys.stderr), who), file=sys.stderr)
-        if self._file is not None:
-            with self._file:
-                json.dump(self._as_dict(status), self._file, indent=2)
-                self._file.write("\n")
-
-    def _as_dict(self, status: int) -> dict[str, Any]:
         from . import __version__
 
-        return {
+        found = {
             "schema": SCHEMA,
             "safe_inplace": __version__,
             "torch": torch.__version__,
-            "program": self._argv,
             "status": status,
-            "rank": _rank(),
-            **self._guard.as_dict(),
+            **self.record.as_dict(),
+            **self.guard.as_dict(),
+            "processes": [record.as_dict() for record in self.others if record.hazards],
+            "unguarded": _process.unguarded([self.record, *self.others]),
         }
+        with self._file:
+            json.dump(found, self._file, indent=2)
+            self._file.write("\n")
 
-    def _report_on_sigterm(self) -> None:
-        if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-            return
+    def _end_by(self, number: int, frame: FrameType | None) -> None:
+        self.end(-number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
-        def report(number: int, frame: FrameType | None) -> None:
-            self.tell(-number)
-            sys.stderr.flush()
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-        signal.signal(signal.SIGTERM, report)
+    def _in_child(self) -> None:
+        super()._in_child()
+        # A worker may be stopped where it waits in C, and Python would never come to answer.
+        if signal.getsignal(signal.SIGTERM) == self._end_by:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def main(prog: str, arguments: list[str]) -> int:
@@ -199,4 +187,7 @@ def main(prog: str, arguments: list[str]) -> int:
     except Exception as error:
         _print_exception(error)
         return 1
-    return _Run(options, file).status(load)
+    outer = _process.current()
+    if outer is not None:
+        outer.stop()
+    return _Run(options, file).run(load)

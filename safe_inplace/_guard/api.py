@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import _C
+from .findings import Findings
 from .hazards import Hazard, summary
 from .judge import Judge
 from .modes import OnHazard
@@ -26,7 +27,7 @@ _C.guard_parameter_type(torch.nn.Parameter)
 _entered = threading.local()
 
 
-def _open_here() -> list[guard]:
+def open_here() -> list[guard]:
     """The guards that this thread has entered and not left, the innermost last."""
     return _entered.__dict__.setdefault("guards", [])
 
@@ -78,11 +79,11 @@ class guard(Judge):
             )
         _C.guard_enter(self)
         torch_patches.enter()
-        _open_here().append(self)
+        open_here().append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        here = _open_here()
+        here = open_here()
         if self not in here:
             raise RuntimeError(
                 "guard: left in another thread than the one that entered it, where it is still open; a generator or a "
@@ -114,6 +115,11 @@ class guard(Judge):
                 return function(*args, **kwargs)
 
         return guarded  # type: ignore[return-value]
+
+    def _forget(self) -> None:
+        """In a process made by fork: what was found before is the other process's, and so are the threads that hold locks."""
+        self._findings = Findings()
+        torch_patches.after_fork()
 
     # -- what was found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,7 @@ class Findings:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.hazards: dict[tuple[Any, ...], Hazard] = {}
+        self.listener: Callable[[], None] | None = None  # told of each new hazard
         self._described: dict[tuple[Any, ...], Hazard] = {}
 
     def note(self, kind: Kind, saved: _C.Saved, op: str | None = None, place: Place = NOWHERE) -> Note:
@@ -72,9 +74,11 @@ class Findings:
     def found(self, note: Note, saved: _C.Saved | None = None, bytes_copied: int = 0, repaired: bool = False) -> Hazard:
         """It is a hazard: listed from now on, with the first value that it befell, and counted."""
         key, described = note
+        new = False
         with self.lock:
             hazard = self.hazards.get(key)
             if hazard is None:
+                new = True
                 hazard = described
                 if saved is not None:
                     # A parameter is mostly saved by a call of a module. Elsewhere a search of all modules would find none.
@@ -88,6 +92,8 @@ class Findings:
             hazard.count += 1
             hazard.repaired += repaired
             hazard.bytes_copied += bytes_copied
+        if new and self.listener is not None:
+            self.listener()
         return hazard
 
     def warn(self, hazard: Hazard) -> None:

@@ -64,6 +64,10 @@ class TorchPatches:
                 del torch.UntypedStorage.resize_
                 torch._C._increment_version = self._torch_increment  # type: ignore[assignment]
 
+    def after_fork(self) -> None:
+        """Another thread may have held the lock, and is not there any more."""
+        self._lock = threading.Lock()
+
     def _increment_version(self, tensors: Iterable[torch.Tensor]) -> None:
         """A compiled region says what its kernels write by raising the versions, before it runs. Whoever else raises one has
         written already."""

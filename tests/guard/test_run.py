@@ -42,11 +42,11 @@ PROGRAM = textwrap.dedent(
 FORWARDS = PROGRAM.replace("step(x).sum().backward()", "step(x)").replace(", x.grad.tolist()", "")
 
 
-def run(folder, *arguments):
+def run(folder, *arguments, python=("-m", "safe_inplace", "run"), **environment):
     return subprocess.run(
-        [sys.executable, "-m", "safe_inplace", "run", *arguments],
+        [sys.executable, *python, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=120,
