@@ -20,6 +20,8 @@ from .modes import OnHazard
 from .say import say_once
 from .torch_patches import let_higher_order_operators_pass, torch_patches
 
+__tracebackhide__ = True
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _C.guard_parameter_type(torch.nn.Parameter)

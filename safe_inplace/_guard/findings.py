@@ -18,6 +18,8 @@ from .sites import NOWHERE, Place, site_of, writer
 from .values import value_of
 from .words import short
 
+__tracebackhide__ = True
+
 
 def _describe(kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
     save, mutation = site_of(saved.place), site_of(place)
@@ -46,6 +48,7 @@ class Findings:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.hazards: dict[tuple[Any, ...], Hazard] = {}
+        self.quiet = False  # no warnings: what was found is asked for
         self.listener: Callable[[], None] | None = None  # told of each new hazard
         self._described: dict[tuple[Any, ...], Hazard] = {}
 
@@ -98,7 +101,7 @@ class Findings:
 
     def warn(self, hazard: Hazard) -> None:
         with self.lock:
-            if hazard.told:
+            if hazard.told or self.quiet:
                 return
             hazard.told = True
         site = hazard.mutation or hazard.save

@@ -14,6 +14,8 @@ from .policy import Note
 from .sites import Place
 from .values import bytes_of, private_copy
 
+__tracebackhide__ = True
+
 OnHazard = Literal["raise", "warn", "copy", "defer"]
 
 

@@ -16,6 +16,8 @@ from torch.utils import checkpoint
 from .. import _C
 from .say import say_once
 
+__tracebackhide__ = True
+
 _AOT = os.path.join("torch", "_functorch", "_aot_autograd") + os.sep
 
 
