@@ -93,7 +93,7 @@ class ProcessGuard:
 
     def leave(self) -> None:
         """The guard is left in this thread; others that are watched go on."""
-        if self.guard in open_here():
+        if any(opening.guard is self.guard for opening in open_here()):
             self.guard.__exit__(None, None, None)
 
     def stop(self) -> None:

@@ -75,7 +75,7 @@ def _print_exception(error: BaseException) -> None:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith(("<frozen ", os.path.join(_HERE, "_guard", ""))) and frame.filename not in _OURS
     ]
-    if isinstance(error, HazardError):
+    if isinstance(error, HazardError) and error.hazard is not None:
         print("Traceback (most recent call last):", file=sys.stderr)
         sys.stderr.writelines(traceback.format_list(frames))
         print(f"{type(error).__qualname__}\n", file=sys.stderr)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -26,12 +27,33 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _C.guard_parameter_type(torch.nn.Parameter)
 
+
+class _Opening(NamedTuple):
+    guard: guard
+    caller: int  # the frame that entered it, which is not kept alive
+
+
+class _Openings(list[_Opening]):
+    """Of a thread, which may end with some of them open."""
+
+    def __del__(self) -> None:
+        for _ in self:
+            torch_patches.exit()
+
+
 _entered = threading.local()
 
 
-def open_here() -> list[guard]:
+def open_here() -> _Openings:
     """The guards that this thread has entered and not left, the innermost last."""
-    return _entered.__dict__.setdefault("guards", [])
+    return _entered.__dict__.setdefault("guards", _Openings())
+
+
+def _leave(here: _Openings, at: int) -> None:
+    inside = len(here) - 1 - at
+    del here[at]
+    torch_patches.exit()
+    _C.guard_exit(here[-1].guard if here else None, inside)
 
 
 class guard(Judge):
@@ -68,6 +90,7 @@ class guard(Judge):
     def __init__(self, on_hazard: OnHazard = "raise", verify: bool = False) -> None:
         super().__init__(on_hazard, verify)
         self.on_hazard = on_hazard
+        self._left_by_exception = 0
 
     # -- as a context manager and decorator
 
@@ -79,23 +102,38 @@ class guard(Judge):
                 "hooks around",
                 "safe_inplace.guard: the saved-tensor hooks around the guard are not called for what is saved inside of it.",
             )
+        here = open_here()
         _C.guard_enter(self)
-        torch_patches.enter()
-        open_here().append(self)
+        try:
+            torch_patches.enter()
+        except BaseException:
+            _C.guard_exit(here[-1].guard if here else None, 0)
+            raise
+        here.append(_Opening(self, id(sys._getframe(1))))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         here = open_here()
-        if self not in here:
+        # Usually the last; guards that overlap (an ExitStack, two generators) may be left in any order.
+        at = next((at for at in reversed(range(len(here))) if here[at].guard is self), None)
+        if at is None:
+            if self._left_by_exception:
+                self._left_by_exception -= 1
+                return
             raise RuntimeError(
                 "guard: left in another thread than the one that entered it, where it is still open; a generator or a "
                 "coroutine that holds one must be closed where it ran"
             )
-        # Usually the last; guards that overlap (an ExitStack, two generators) may be left in any order.
-        inside = here[::-1].index(self)
-        del here[len(here) - 1 - inside]
-        torch_patches.exit()
-        _C.guard_exit(here[-1] if here else None, inside)
+        # Those that a function entered by hand, which an exception has ended since.
+        ended: set[int] = set()
+        while traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+            ended.add(id(traceback.tb_frame))
+        for inner in reversed(range(at + 1, len(here))):
+            if here[inner].caller in ended:
+                here[inner].guard._left_by_exception += 1
+                _leave(here, inner)
+        _leave(here, at)
 
     def __call__(self, function: F) -> F:
         if any(

@@ -112,24 +112,25 @@ def summary(hazards: Collection[Hazard], color: bool = False, who: str = "safe_i
 
 
 class _Report(Exception):
-    """What HazardError and HazardWarning have in common: the hazard's fields, and a text with both source lines."""
+    """What HazardError and HazardWarning have in common: the hazard's fields, and a text with both source lines.
 
-    def __init__(self, hazard: Hazard) -> None:
-        super().__init__(hazard)
-        self.hazard = hazard
-        self.mutation = hazard.mutation
-        self.save = hazard.save
-        self.op = hazard.op
-        self.saved_by = hazard.saved_by
-        self.shape = hazard.shape
-        self.dtype = hazard.dtype
-        self.device = hazard.device
-        self.parameter = hazard.parameter
-        self.remedies = hazard.remedies
+    The text is the argument, as of any exception: who makes one anew from a text (a worker's error, raised again in the process
+    that reads from it) gets one with the text and without the fields."""
 
-    def __str__(self) -> str:
+    def __init__(self, *arguments: Any) -> None:
+        hazard = arguments[0] if arguments and isinstance(arguments[0], Hazard) else None
         # Plain: a message may end up in a log. `python -m safe_inplace run` colours its summary on a terminal.
-        return self.hazard.text()
+        super().__init__(*((hazard.text(), *arguments[1:]) if hazard else arguments))
+        self.hazard = hazard
+        self.mutation = hazard and hazard.mutation
+        self.save = hazard and hazard.save
+        self.op = hazard and hazard.op
+        self.saved_by = hazard and hazard.saved_by
+        self.shape = hazard and hazard.shape
+        self.dtype = hazard and hazard.dtype
+        self.device = hazard and hazard.device
+        self.parameter = hazard and hazard.parameter
+        self.remedies = hazard.remedies if hazard else []
 
 
 class HazardError(_Report, RuntimeError):
@@ -139,7 +140,8 @@ class HazardError(_Report, RuntimeError):
     ``mutation`` and ``save`` are the two lines, each a :class:`Site`, with the ``module`` that was being called and, for a
     line of an installed package, the ``caller``; ``op`` wrote, ``saved_by`` saved; ``shape``, ``dtype`` and ``device`` are
     the saved value's, and ``parameter`` is its name where it is a parameter.
-    ``mutation`` and ``op`` are None where nothing saw the write.
+    ``mutation`` and ``op`` are None where nothing saw the write. All are None in an error that was made from a text, as that
+    of a DataLoader's worker is.
     """
 
 
