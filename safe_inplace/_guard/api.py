@@ -9,11 +9,12 @@ import threading
 import types
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, SupportsIndex, TypeVar
 
 import torch
 
 from .. import _C
+from .._dynamo import keep_out_of
 from .findings import Findings
 from .hazards import Hazard, summary
 from .judge import Judge
@@ -26,6 +27,17 @@ __tracebackhide__ = True
 F = TypeVar("F", bound=Callable[..., Any])
 
 _C.guard_parameter_type(torch.nn.Parameter)
+keep_out_of(__package__)
+
+
+def _outside_of_graphs(function: F) -> F:
+    """What a compiler says that was to make one graph of it."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "a safe_inplace.guard cannot be opened inside of a compiled region; open it around the call of the compiled function"
+    )
+    return function
+
 
 
 class _Opening(NamedTuple):
@@ -75,6 +87,8 @@ class guard(Judge):
     ``hazards`` lists what was found, one :class:`Hazard` per pair of lines; ``hazards_seen`` and ``bytes_copied`` are the
     totals.
 
+    As a decorator: ``@guard``, ``@guard("copy")``.
+
     >>> import torch, safe_inplace
     >>> x = torch.ones(3, requires_grad=True)
     >>> with safe_inplace.guard("copy") as watched:
@@ -87,6 +101,13 @@ class guard(Judge):
     (tensor([8., 8., 8.]), 1, 12)
     """
 
+    @_outside_of_graphs
+    def __new__(cls, on_hazard: Any = "raise", verify: bool = False) -> Any:
+        if callable(on_hazard):
+            return cls(verify=verify)(on_hazard)  # @guard
+        return super().__new__(cls)
+
+    @_outside_of_graphs
     def __init__(self, on_hazard: OnHazard = "raise", verify: bool = False) -> None:
         super().__init__(on_hazard, verify)
         self.on_hazard = on_hazard
@@ -94,6 +115,7 @@ class guard(Judge):
 
     # -- as a context manager and decorator
 
+    @_outside_of_graphs
     def __enter__(self) -> guard:
         let_higher_order_operators_pass()
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -112,6 +134,7 @@ class guard(Judge):
         here.append(_Opening(self, id(sys._getframe(1))))
         return self
 
+    @_outside_of_graphs
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         here = open_here()
         # Usually the last; guards that overlap (an ExitStack, two generators) may be left in any order.
@@ -149,12 +172,19 @@ class guard(Judge):
         if inspect.isasyncgenfunction(function):
             return _watched_steps(self, function)  # type: ignore[return-value]
 
+        @_outside_of_graphs
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return function(*args, **kwargs)
 
         return guarded  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "guard: neither copied nor pickled, since it watches the threads of this process that entered it; make another: "
+            f"guard({self.on_hazard!r}{', verify=True' * self.verify}). What it found, `hazards`, can be pickled"
+        )
 
     def _forget(self) -> None:
         """In a process made by fork: what was found before is the other process's, and so are the threads that hold locks."""

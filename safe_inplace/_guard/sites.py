@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import linecache
 import os
+import re
 import sys
 import sysconfig
+import textwrap
 import weakref
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,6 +36,7 @@ _LIBRARIES = (
 _INSTALLED = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
 _OPTIMIZERS = os.path.join(_SITE, "torch", "optim") + os.sep
 _DDP = os.path.join(_SITE, "torch", "nn", "parallel", "distributed.py")
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+)_at_\d+$")
 _COMPILED_REGION = os.path.join("_aot_autograd", "runtime_wrappers.py")
 
 
@@ -113,6 +118,8 @@ def line_of(
         islice(code.co_positions(), max(instruction, 0) // 2, None), (None, None, None, None)
     )
     lineno = lineno or code.co_firstlineno
+    if column is None and lineno == code.co_firstlineno:
+        lineno = _line_of_def(code)
     line = linecache.getline(code.co_filename, lineno)
     source = line.strip()
     columns = None
@@ -121,7 +128,26 @@ def line_of(
         raw, indent = line.encode(), len(line) - len(line.lstrip())
         begin = len(raw[:column].decode(errors="replace")) - indent
         columns = (begin, begin + len(raw[column:end_column].decode(errors="replace")))
-    return Site(code.co_filename, lineno, code.co_qualname, source, columns, called, caller)
+    return Site(code.co_filename, lineno, _RESUMED.sub(r"\1", code.co_qualname), source, columns, called, caller)
+
+
+def _line_of_def(code: CodeType) -> int:
+    """Code begins at its decorators. Of code that a compiler made nothing else is known."""
+    first = code.co_firstlineno
+    lines = linecache.getlines(code.co_filename)[first - 1 :]
+    if not lines or not lines[0].lstrip().startswith("@"):
+        return first
+    try:
+        (definition,) = ast.parse(textwrap.dedent("".join(inspect.getblock(lines)))).body
+    except (SyntaxError, ValueError):
+        return first
+    return first - 1 + definition.lineno
+
+
+def is_compiled(code: CodeType | None) -> bool:
+    """Made by Dynamo: the function's, and of its lines only those that a break of the graph leaves to the interpreter."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    return dynamo is not None and code in dynamo.output_codes
 
 
 def writer(code: CodeType | None) -> tuple[FrameType | None, Literal["optimizer", "ddp"] | None]:

@@ -965,3 +965,34 @@ def test_a_thread_that_ends_with_an_open_guard_leaves_torch_as_it_was():
     thread.join()
     gc.collect()
     assert torch.autograd.graph.disable_saved_tensors_hooks == before
+
+
+def test_a_decorator_without_parentheses():
+    @guard
+    def function(a, *, b=2):
+        "words"
+        assert guard_current() is not None and guard_current().on_hazard == "raise"
+        return a + b
+
+    class Own:
+        @guard
+        def method(self, a):
+            return self, a, is_open()
+
+    assert function(1, b=3) == 4 and function.__doc__ == "words" and function.__name__ == "function"
+    own = Own()
+    assert own.method(1) == (own, 1, True) and not is_open()
+    with pytest.raises(TypeError, match="suspends"):
+
+        @guard
+        def generator():
+            yield
+
+    with pytest.raises(ValueError, match="on_hazard must be"):
+        guard("loud")
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, pickle.dumps, lambda watch: copy.deepcopy({"held": [watch]})])
+def test_a_guard_that_is_copied_or_pickled_says_why_not(twin):
+    with pytest.raises(TypeError, match=r"neither copied nor pickled, since .* make another: guard\('copy', verify=True\)"):
+        twin(guard("copy", verify=True))
