@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NoReturn
 
 from ._guard import Hazard, guard
@@ -27,6 +28,7 @@ from ._guard.modes import MODES
 
 MODE = "SAFE_INPLACE_GUARD"
 RECORDS = "SAFE_INPLACE_GUARD_RECORDS"
+_INDUCTOR = os.path.join("torch", "_inductor", "")
 _CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_child")
 
 
@@ -191,18 +193,21 @@ def unguarded(records: list[Record]) -> dict[str, int]:
 def tell(first: Record, others: list[Record], color: bool = False) -> str:
     """What all processes have found."""
     found = [record for record in others if record.hazards]
-    paragraphs = [summary(first.hazards, color, first.who())] if first.hazards or not found else []
+    without = unguarded([first, *others])
+    paragraphs = [summary(first.hazards, color, first.who())] if first.hazards or not (found or any(without.values())) else []
     for record in found:
         who = f"{record.who()}, process {record.pid} ({' '.join(record.program) or 'interactive'})"
         paragraphs.append(summary(record.hazards, color, who))
-    without = unguarded([first, *others])
     counts = [
         f"{count} {one if count == 1 else many}"
         for one, many, count in (("thread", "threads", without["threads"]), ("process", "processes", without["processes"]))
         if count
     ]
     if counts:
-        paragraphs.append(f"{first.who()}: {' and '.join(counts)} ran unguarded")
+        words = f"{' and '.join(counts)} ran unguarded"
+        if not paragraphs:
+            words = f"no hazards in what was watched, but {words}"
+        paragraphs.append(f"{first.who()}: {words}")
         paragraphs += [f"process {record.pid}: {record.why}" for record in others if record.why]
     return "\n\n".join(paragraphs)
 
@@ -252,8 +257,18 @@ def _on_event(event: str, arguments: tuple[Any, ...]) -> None:
         executable, line, _, environment = arguments
         line = [os.fsdecode(part) for part in line] if isinstance(line, (list, tuple)) else [os.fsdecode(line)]
         program = os.path.basename(os.fsdecode(executable) if executable else line[0])
-        if program.startswith("python") and not _brings_guard(line[1:], environment):
+        if program.startswith("python") and not _brings_guard(line[1:], environment) and not _from_inductor():
             _current.record.processes += 1
+
+
+def _from_inductor() -> bool:
+    """What it starts compiles, and runs nothing of the program."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if _INDUCTOR in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _brings_guard(options: list[str], environment: Mapping[Any, Any] | None) -> bool:

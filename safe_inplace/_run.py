@@ -113,10 +113,8 @@ class _Run(_process.FirstGuard):
             status = 1
         finally:
             self.leave()
-        # As the interpreter does before it ends.
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        # As the interpreter does before it ends: it tells pools of threads to end, then waits for all that are no daemons.
+        threading._shutdown()  # type: ignore[attr-defined]
         if "multiprocessing" in sys.modules:
             for child in sys.modules["multiprocessing"].active_children():
                 if not child.daemon:

@@ -47,6 +47,7 @@ class Own(threading.Thread):
     def run(self): step()
 Own().start()""",
     "timer": "threading.Timer(0, step).start()",
+    "pool that is left": "pool = concurrent.futures.ThreadPoolExecutor(1); pool.submit(step)",
     "pool": "concurrent.futures.ThreadPoolExecutor(1).submit(step).result()",
     # Until it is gone: torch does not survive a thread that runs when the interpreter ends.
     "raw": """
@@ -204,12 +205,19 @@ UNGUARDED = {
 def test_processes_that_guard_cannot_reach_are_counted(folder, call):
     done, found = watched(folder, f"import os, subprocess, sys\nsubprocess.run({call})\n")
     assert found["unguarded"] == {"threads": 0, "processes": 1}
-    assert done.stderr == "safe_inplace guard: no hazards\n\nsafe_inplace guard: 1 process ran unguarded\n"
+    assert done.stderr == "safe_inplace guard: no hazards in what was watched, but 1 process ran unguarded\n"
 
 
 def test_programs_that_are_not_python_are_not_counted(folder):
     _, found = watched(folder, "import subprocess\nsubprocess.run(['true'], env={})\n")
     assert found["unguarded"] == {"threads": 0, "processes": 0}
+
+
+def test_what_a_compiler_starts_is_not_counted(folder):
+    text = "import torch\nx = torch.ones(9, requires_grad=True)\ntorch.compile(lambda x: (x.sin() * 2).sum())(x).backward()\n"
+    done, found = watched(folder, text, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert found["unguarded"] == {"threads": 0, "processes": 0} and "safe_inplace guard: no hazards\n" in done.stderr
 
 
 def test_threads_that_were_there_before_torch_are_counted(folder):
