@@ -2,6 +2,7 @@
 
 import os
 import re
+import tomllib
 
 import pytest
 
@@ -294,7 +295,19 @@ def pytest_runtest_protocol(item, nextitem):
     assert done.section.startswith("1 hazard")
 
 
-def test_the_entry_point():
-    text = (ROOT / "pyproject.toml").read_text()
-    assert '[project.entry-points.pytest11]\nsafe_inplace = "pytest_safe_inplace"\n' in text
-    assert os.path.isfile(ROOT / "pytest_safe_inplace.py") and 'py-modules = ["pytest_safe_inplace"]' in text
+def test_the_entry_point(pytester, monkeypatch):
+    """Installed, it is found by itself, and -p names the same plugin."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    points = project["project"]["entry-points"]["pytest11"]
+    assert project["tool"]["setuptools"]["py-modules"] == list(points.values())
+    installed = pytester.mkdir("installed")
+    (installed / "some.dist-info").mkdir()
+    (installed / "some.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: some\nVersion: 1\n")
+    lines = [f"{name} = {module}\n" for name, module in points.items()]
+    (installed / "some.dist-info" / "entry_points.txt").write_text("[pytest11]\n" + "".join(lines))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{installed}")
+    pytester.makepyfile("def test_it(): pass\n")
+    for options in ((), ("-p", "pytest_safe_inplace")):
+        done = pytester.runpytest_subprocess(*options, "--safe-inplace-guard")
+        done.assert_outcomes(passed=1)
+        assert "no hazards in 1 test" in done.stdout.str()
