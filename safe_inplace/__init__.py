@@ -10,6 +10,7 @@ from . import nn  # noqa: E402
 from ._counts import counts, reset_counts  # noqa: E402
 from ._guard import HazardError, HazardWarning, Site, guard  # noqa: E402
 from ._patch import PatchError, explain, patch, patched  # noqa: E402
+from ._process import start_from_environment  # noqa: E402
 from .ops import add, add_, add_mul, add_mul_, addcmul, addcmul_, mul, mul_, mul_add, mul_add_  # noqa: E402
 
 __all__ = [
@@ -35,3 +36,6 @@ __all__ = [
     "patched",
     "reset_counts",
 ]
+
+start_from_environment()
+del start_from_environment

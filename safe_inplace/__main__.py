@@ -2,15 +2,15 @@
 check-sources: which known blocks the installed libraries have."""
 
 import argparse
+import os
 import platform
 import sys
 
 import torch
 
-from . import __version__
+from . import __version__, _run
 from ._build import PACKAGE, read_build
 from ._patch import sources
-from ._run import add_arguments
 
 
 def cuda_in_words() -> str:
@@ -41,15 +41,22 @@ def env(_: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m safe_inplace", description=sys.modules["safe_inplace"].__doc__)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    prog = "safe-inplace" if os.path.basename(sys.argv[0]) == "safe-inplace" else "python -m safe_inplace"
+    if arguments[:1] == ["run"]:
+        return _run.main(f"{prog} run", arguments[1:])
+    parser = argparse.ArgumentParser(prog=prog, description=sys.modules["safe_inplace"].__doc__)
+    parser.add_argument("--version", action="version", version=f"safe_inplace {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
     command = commands.add_parser("env", help="say what was built, for what, and what of it works here")
-    command.set_defaults(run=env)
-    add_arguments(commands.add_parser("run", help="run an unchanged program under guard"))
-    sources.add_arguments(
-        commands.add_parser("check-sources", help="say which blocks that patch() knows are in the installed libraries")
-    )
-    options = parser.parse_args(arguments)
+    command.set_defaults(run=env, error=command.error)
+    commands.add_parser("run", help="run an unchanged program under guard")
+    command = commands.add_parser("check-sources", help="say which blocks that patch() knows are in the installed libraries")
+    sources.add_arguments(command)
+    command.set_defaults(error=command.error)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.error(f"unrecognized arguments: {' '.join(unknown)}")
     return options.run(options)
 
 

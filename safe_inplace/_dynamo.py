@@ -1,4 +1,4 @@
-"""What Dynamo traces in place of a C function.
+"""What Dynamo traces in place of a C function, and what it leaves alone.
 
 Importing Dynamo takes as long as importing the rest of torch, and most programs never compile: it is told when something
 imports it.
@@ -15,17 +15,26 @@ from typing import Any
 import torch
 
 _DYNAMO = "torch._dynamo"
-_waiting: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
+_waiting: list[Callable[[], Any]] = []
+
+
+def when_there(tell: Callable[[], Any]) -> None:
+    if _DYNAMO in sys.modules:
+        tell()
+        return
+    if not _waiting:
+        sys.meta_path.insert(0, _Watcher())
+    _waiting.append(tell)
 
 
 def trace_as(function: Callable[..., Any], traced: Callable[..., Any]) -> None:
     """Makes compilers see `traced` wherever a program calls `function`."""
-    if _DYNAMO in sys.modules:
-        torch.compiler.substitute_in_graph(function)(traced)
-        return
-    if not _waiting:
-        sys.meta_path.insert(0, _Watcher())
-    _waiting.append((function, traced))
+    when_there(lambda: torch.compiler.substitute_in_graph(function)(traced))
+
+
+def keep_out_of(package: str) -> None:
+    """Of the functions in it none is traced, and none is compiled where a broken graph calls it."""
+    when_there(lambda: torch._dynamo.trace_rules.add(package))
 
 
 class _Watcher(MetaPathFinder):
@@ -45,8 +54,7 @@ class _Watcher(MetaPathFinder):
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             while _waiting:
-                function, traced = _waiting.pop()
-                torch.compiler.substitute_in_graph(function)(traced)
+                _waiting.pop()()
 
         spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
         return spec

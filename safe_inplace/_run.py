@@ -5,26 +5,37 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import TextIO
 
-from ._guard import HazardError, guard
+import torch
+
+from . import _process, _program
+from ._guard import HazardError
 from ._guard.modes import MODES
 
-_GUARD = os.path.dirname(guard.__init__.__code__.co_filename) + os.sep
+# Of the layout of the file that --json writes (docs/run.md); raised when a key goes or changes its meaning.
+SCHEMA = 1
+# What the exit status tells where there were hazards. A program that exits with it by itself is told apart.
+HAZARDS = 86
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_OURS = (__file__, _program.__file__, _process.__file__)
 
 
-def _wants_color(stream: Any) -> bool:
-    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.usage = (
-        "python -m safe_inplace run [--on-hazard {raise,warn,copy,defer}] [--verify] [--json FILE] "
-        "(script.py | -m module) [arguments of the program ...]"
+def parser(prog: str) -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--on-hazard {{{','.join(MODES)}}}] [--verify] [--json FILE] [--exit-zero] "
+        "(script.py | -m module) [arguments of the program ...]",
+        description="Run an unchanged program under guard: each write to a value that backward needs is named, with both lines.",
+        epilog=f"The exit status is the program's own, or {HAZARDS} where hazards were found that guard did not repair.",
+        allow_abbrev=False,
     )
     command.add_argument(
         "--on-hazard",
@@ -35,21 +46,26 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--verify", action="store_true", help="also find writes that no operator declares")
     command.add_argument("--json", metavar="FILE", help="write what was found to FILE, for machines")
-    command.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="run a module, as python -m does")
-    command.add_argument("program", nargs=argparse.REMAINDER, help="a script and its arguments")
-    command.set_defaults(run=run, error=command.error)
+    command.add_argument("--exit-zero", action="store_true", help="let no hazard change the exit status")
+    return command
 
 
-def _program(options: argparse.Namespace) -> tuple[Callable[[], Any], list[str], str]:
-    """What to run, its sys.argv, and the first entry of its sys.path."""
-    if options.module:
-        name = options.module[0]
-        return lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), options.module, os.getcwd()
-    if options.program:
-        script = options.program[0]
-        return lambda: runpy.run_path(script, run_name="__main__"), options.program, os.path.dirname(os.path.abspath(script))
-    options.error("nothing to run: name a script, or a module with -m")
-    raise AssertionError("unreachable")
+def _split(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
+    """Options of `run`, whether -m names the program, and the program with its arguments, whatever these look like."""
+    end = 0
+    while end < len(arguments) and arguments[end].startswith("-") and arguments[end] != "--":
+        if arguments[end].startswith("-m"):
+            name = arguments[end][2:]
+            return arguments[:end], True, [name] * bool(name) + arguments[end + 1 :]
+        end += 1 + (arguments[end] in ("--on-hazard", "--json"))
+    return arguments[:end], False, arguments[end + (arguments[end : end + 1] == ["--"]) :]
+
+
+def _of_this_rank(path: str) -> str:
+    """Ranks write files of their own: found.json becomes found.rank3.json."""
+    rank = _process.rank()
+    stem, extension = os.path.splitext(path)
+    return path if rank is None else f"{stem}.rank{rank}{extension}"
 
 
 def _print_exception(error: BaseException) -> None:
@@ -57,11 +73,9 @@ def _print_exception(error: BaseException) -> None:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<frozen ")
-        and frame.filename not in (__file__, runpy.__file__)
-        and not frame.filename.startswith(_GUARD)
+        if not frame.filename.startswith(("<frozen ", os.path.join(_HERE, "_guard", ""))) and frame.filename not in _OURS
     ]
-    if isinstance(error, HazardError):
+    if isinstance(error, HazardError) and error.hazard is not None:
         print("Traceback (most recent call last):", file=sys.stderr)
         sys.stderr.writelines(traceback.format_list(frames))
         print(f"{type(error).__qualname__}\n", file=sys.stderr)
@@ -71,30 +85,107 @@ def _print_exception(error: BaseException) -> None:
         print("".join(described.format()), end="", file=sys.stderr)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the program; 1 when hazards were found or it failed, else what the program exits with."""
-    program, argv, folder = _program(options)
-    sys.argv[:] = argv
-    sys.path[0] = folder
-    watched = guard(options.on_hazard, verify=options.verify)
-    status = 0
-    try:
-        with watched:
+class _Run(_process.FirstGuard):
+    """One program under guard, and what is told of it at its end, however that comes."""
+
+    def __init__(self, options: argparse.Namespace, file: TextIO | None) -> None:
+        super().__init__(options.on_hazard, options.verify)
+        self._exit_zero = options.exit_zero
+        self._file = file
+        self._stopped = False
+
+    def run(self, program: Callable[[], None]) -> int:
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._end_by)
+        self.start()
+        try:
             program()
-    except SystemExit as exit:
-        if isinstance(exit.code, str):
-            print(exit.code, file=sys.stderr)
-        status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    except KeyboardInterrupt:
-        status = 130
+            status = 0
+        except SystemExit as exit:
+            if isinstance(exit.code, str):
+                print(exit.code, file=sys.stderr)
+            status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        except KeyboardInterrupt:
+            status = 130
+        except Exception as error:
+            _print_exception(error)
+            self._stopped = isinstance(error, HazardError)
+            status = 1
+        finally:
+            self.leave()
+        # As the interpreter does before it ends: it tells pools of threads to end, then waits for all that are no daemons.
+        threading._shutdown()  # type: ignore[attr-defined]
+        if "multiprocessing" in sys.modules:
+            for child in sys.modules["multiprocessing"].active_children():
+                if not child.daemon:
+                    child.join()
+        return self.end(status)
+
+    def end(self, status: int) -> int:
+        super().end(status)
+        if os.getpid() != self._pid:
+            return status
+        if self._exit_zero:
+            return 0 if self._stopped else status
+        if not all(record.repaired for record in (self.record, *self.others)):
+            return HAZARDS
+        if status & 0xFF == HAZARDS:
+            print(f"safe_inplace guard: the program itself exits with {HAZARDS}; 1 stands for it", file=sys.stderr)
+            return 1
+        return status
+
+    def told(self, status: int) -> None:
+        if self._file is None:
+            return
+        from . import __version__
+
+        found = {
+            "schema": SCHEMA,
+            "safe_inplace": __version__,
+            "torch": torch.__version__,
+            "status": status,
+            **self.record.as_dict(),
+            **self.guard.as_dict(),
+            "processes": [record.as_dict() for record in self.others if record.hazards],
+            "unguarded": _process.unguarded([self.record, *self.others]),
+        }
+        with self._file:
+            json.dump(found, self._file, indent=2)
+            self._file.write("\n")
+
+    def _end_by(self, number: int, frame: FrameType | None) -> None:
+        self.end(-number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def _in_child(self) -> None:
+        super()._in_child()
+        # A worker may be stopped where it waits in C, and Python would never come to answer.
+        if signal.getsignal(signal.SIGTERM) == self._end_by:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def main(prog: str, arguments: list[str]) -> int:
+    command = parser(prog)
+    own, is_module, program = _split(arguments)
+    options = command.parse_args(own)
+    if not program:
+        command.error("nothing to run: name a script, or a module with -m")
+    file = None
+    if options.json:
+        try:
+            file = open(_of_this_rank(options.json), "w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            command.error(f"--json {options.json}: {error.strerror}")
+    try:
+        load = (_program.module if is_module else _program.script)(program)
+    except _program.NoProgram as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return error.status
     except Exception as error:
         _print_exception(error)
-        status = 1
-    finally:
-        sys.stdout.flush()
-        print(watched.summary(color=_wants_color(sys.stderr)), file=sys.stderr)
-        if options.json:
-            with open(options.json, "w", encoding="utf-8") as file:
-                json.dump(watched.as_dict(), file, indent=2)
-                file.write("\n")
-    return 1 if watched.hazards else status
+        return 1
+    outer = _process.current()
+    if outer is not None:
+        outer.stop()
+    return _Run(options, file).run(load)

@@ -4,32 +4,68 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, NoReturn, SupportsIndex, TypeVar
 
 import torch
 
 from .. import _C
-from .hazards import Hazard
+from .._dynamo import keep_out_of
+from .findings import Findings
+from .hazards import Hazard, summary
 from .judge import Judge
 from .modes import OnHazard
 from .say import say_once
 from .torch_patches import let_higher_order_operators_pass, torch_patches
-from .words import bytes_in_words
+
+__tracebackhide__ = True
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _C.guard_parameter_type(torch.nn.Parameter)
+keep_out_of(__package__)
+
+
+def _outside_of_graphs(function: F) -> F:
+    """What a compiler says that was to make one graph of it."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "a safe_inplace.guard cannot be opened inside of a compiled region; open it around the call of the compiled function"
+    )
+    return function
+
+
+
+class _Opening(NamedTuple):
+    guard: guard
+    caller: int  # the frame that entered it, which is not kept alive
+
+
+class _Openings(list[_Opening]):
+    """Of a thread, which may end with some of them open."""
+
+    def __del__(self) -> None:
+        for _ in self:
+            torch_patches.exit()
+
 
 _entered = threading.local()
 
 
-def _open_here() -> list[guard]:
+def open_here() -> _Openings:
     """The guards that this thread has entered and not left, the innermost last."""
-    return _entered.__dict__.setdefault("guards", [])
+    return _entered.__dict__.setdefault("guards", _Openings())
+
+
+def _leave(here: _Openings, at: int) -> None:
+    inside = len(here) - 1 - at
+    del here[at]
+    torch_patches.exit()
+    _C.guard_exit(here[-1].guard if here else None, inside)
 
 
 class guard(Judge):
@@ -51,6 +87,8 @@ class guard(Judge):
     ``hazards`` lists what was found, one :class:`Hazard` per pair of lines; ``hazards_seen`` and ``bytes_copied`` are the
     totals.
 
+    As a decorator: ``@guard``, ``@guard("copy")``.
+
     >>> import torch, safe_inplace
     >>> x = torch.ones(3, requires_grad=True)
     >>> with safe_inplace.guard("copy") as watched:
@@ -63,12 +101,21 @@ class guard(Judge):
     (tensor([8., 8., 8.]), 1, 12)
     """
 
+    @_outside_of_graphs
+    def __new__(cls, on_hazard: Any = "raise", verify: bool = False) -> Any:
+        if callable(on_hazard):
+            return cls(verify=verify)(on_hazard)  # @guard
+        return super().__new__(cls)
+
+    @_outside_of_graphs
     def __init__(self, on_hazard: OnHazard = "raise", verify: bool = False) -> None:
         super().__init__(on_hazard, verify)
         self.on_hazard = on_hazard
+        self._left_by_exception = 0
 
     # -- as a context manager and decorator
 
+    @_outside_of_graphs
     def __enter__(self) -> guard:
         let_higher_order_operators_pass()
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -77,23 +124,39 @@ class guard(Judge):
                 "hooks around",
                 "safe_inplace.guard: the saved-tensor hooks around the guard are not called for what is saved inside of it.",
             )
+        here = open_here()
         _C.guard_enter(self)
-        torch_patches.enter()
-        _open_here().append(self)
+        try:
+            torch_patches.enter()
+        except BaseException:
+            _C.guard_exit(here[-1].guard if here else None, 0)
+            raise
+        here.append(_Opening(self, id(sys._getframe(1))))
         return self
 
+    @_outside_of_graphs
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        here = _open_here()
-        if self not in here:
+        here = open_here()
+        # Usually the last; guards that overlap (an ExitStack, two generators) may be left in any order.
+        at = next((at for at in reversed(range(len(here))) if here[at].guard is self), None)
+        if at is None:
+            if self._left_by_exception:
+                self._left_by_exception -= 1
+                return
             raise RuntimeError(
                 "guard: left in another thread than the one that entered it, where it is still open; a generator or a "
                 "coroutine that holds one must be closed where it ran"
             )
-        # Usually the last; guards that overlap (an ExitStack, two generators) may be left in any order.
-        inside = here[::-1].index(self)
-        del here[len(here) - 1 - inside]
-        torch_patches.exit()
-        _C.guard_exit(here[-1] if here else None, inside)
+        # Those that a function entered by hand, which an exception has ended since.
+        ended: set[int] = set()
+        while traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+            ended.add(id(traceback.tb_frame))
+        for inner in reversed(range(at + 1, len(here))):
+            if here[inner].caller in ended:
+                here[inner].guard._left_by_exception += 1
+                _leave(here, inner)
+        _leave(here, at)
 
     def __call__(self, function: F) -> F:
         if any(
@@ -109,12 +172,24 @@ class guard(Judge):
         if inspect.isasyncgenfunction(function):
             return _watched_steps(self, function)  # type: ignore[return-value]
 
+        @_outside_of_graphs
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return function(*args, **kwargs)
 
         return guarded  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "guard: neither copied nor pickled, since it watches the threads of this process that entered it; make another: "
+            f"guard({self.on_hazard!r}{', verify=True' * self.verify}). What it found, `hazards`, can be pickled"
+        )
+
+    def _forget(self) -> None:
+        """In a process made by fork: what was found before is the other process's, and so are the threads that hold locks."""
+        self._findings = Findings()
+        torch_patches.after_fork()
 
     # -- what was found
 
@@ -132,20 +207,7 @@ class guard(Judge):
 
     def summary(self, color: bool = False) -> str:
         """The hazards, the dearest first, one report each."""
-        if not self._findings.hazards:
-            return "safe_inplace guard: no hazards"
-        hazards = sorted(self._findings.hazards.values(), key=lambda hazard: (-hazard.bytes_copied, -hazard.count))
-        total = f"safe_inplace guard: {self.hazards_seen} hazard{'s' * (self.hazards_seen != 1)}"
-        total += f" between {len(hazards)} pair{'s' * (len(hazards) != 1)} of lines"
-        if self.bytes_copied:
-            total += f", {bytes_in_words(self.bytes_copied)} copied"
-        paragraphs = [total]
-        for hazard in hazards:
-            times = f"{hazard.count} time{'s' * (hazard.count != 1)}"
-            if hazard.bytes_copied:
-                times += f", {bytes_in_words(hazard.bytes_copied)} copied"
-            paragraphs.append(f"{times}: {hazard.text(color)}")
-        return "\n\n".join(paragraphs)
+        return summary(self.hazards, color)
 
     def as_dict(self) -> dict[str, Any]:
         return {

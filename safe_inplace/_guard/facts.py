@@ -34,6 +34,7 @@ class Facts:
     late: bool = False  # found when backward asked for the value, not at the write
     parameter: str | None = None  # the name of the parameter that the value is, or is a view of
     count: int = 0
+    repaired: int = 0  # of these, made harmless by guard
     bytes_copied: int = 0
     told: bool = False  # by a warning
     of_a_module: bool | None = None  # the value lies in a buffer or parameter of a module; None: not asked

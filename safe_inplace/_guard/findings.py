@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from .rewrite import Rewritten, out_of_place
 from .sites import NOWHERE, Place, site_of, writer
 from .values import value_of
 from .words import short
+
+__tracebackhide__ = True
 
 
 def _describe(kind: Kind, saved: _C.Saved, op: str | None, place: Place) -> Hazard:
@@ -45,6 +48,8 @@ class Findings:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.hazards: dict[tuple[Any, ...], Hazard] = {}
+        self.quiet = False  # no warnings: what was found is asked for
+        self.listener: Callable[[], None] | None = None  # told of each new hazard
         self._described: dict[tuple[Any, ...], Hazard] = {}
 
     def note(self, kind: Kind, saved: _C.Saved, op: str | None = None, place: Place = NOWHERE) -> Note:
@@ -69,26 +74,34 @@ class Findings:
     def known(self, note: Note) -> Hazard | None:
         return self.hazards.get(note[0])
 
-    def found(self, note: Note, saved: _C.Saved | None = None, bytes_copied: int = 0) -> Hazard:
+    def found(self, note: Note, saved: _C.Saved | None = None, bytes_copied: int = 0, repaired: bool = False) -> Hazard:
         """It is a hazard: listed from now on, with the first value that it befell, and counted."""
         key, described = note
+        new = False
         with self.lock:
             hazard = self.hazards.get(key)
             if hazard is None:
+                new = True
                 hazard = described
                 if saved is not None:
                     # A parameter is mostly saved by a call of a module. Elsewhere a search of all modules would find none.
                     look = saved.place[2] is not None
                     named = parameter_name(saved.value, look) if saved.parameter else None
                     hazard = replace(described, parameter=named, **value_of(saved))
+                for site in (hazard.mutation, hazard.save):
+                    if site is not None:
+                        site.look_up()
                 self.hazards[key] = hazard
             hazard.count += 1
+            hazard.repaired += repaired
             hazard.bytes_copied += bytes_copied
+        if new and self.listener is not None:
+            self.listener()
         return hazard
 
     def warn(self, hazard: Hazard) -> None:
         with self.lock:
-            if hazard.told:
+            if hazard.told or self.quiet:
                 return
             hazard.told = True
         site = hazard.mutation or hazard.save

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +68,11 @@ class Hazard(Facts):
             return {
                 "filename": value.filename,
                 "lineno": value.lineno,
+                "columns": value.columns and list(value.columns),
                 "function": value.function,
                 "source": value.source,
                 "module": value.module,
+                "module_path": value.module_path,
                 "caller": site(value.caller),
             }
 
@@ -84,30 +87,50 @@ class Hazard(Facts):
             "device": str(self.device),
             "parameter": self.parameter,
             "count": self.count,
+            "repaired": self.repaired,
             "bytes_copied": self.bytes_copied,
             "remedies": self.remedies,
         }
 
 
+def summary(hazards: Collection[Hazard], color: bool = False, who: str = "safe_inplace guard") -> str:
+    """The hazards, the dearest first, one report each."""
+    if not hazards:
+        return f"{who}: no hazards"
+    seen = sum(hazard.count for hazard in hazards)
+    copied = sum(hazard.bytes_copied for hazard in hazards)
+    total = f"{who}: {seen} hazard{'s' * (seen != 1)} between {len(hazards)} pair{'s' * (len(hazards) != 1)} of lines"
+    if copied:
+        total += f", {bytes_in_words(copied)} copied"
+    paragraphs = [total]
+    for hazard in sorted(hazards, key=lambda hazard: (-hazard.bytes_copied, -hazard.count)):
+        times = f"{hazard.count} time{'s' * (hazard.count != 1)}"
+        if hazard.bytes_copied:
+            times += f", {bytes_in_words(hazard.bytes_copied)} copied"
+        paragraphs.append(f"{times}: {hazard.text(color)}")
+    return "\n\n".join(paragraphs)
+
+
 class _Report(Exception):
-    """What HazardError and HazardWarning have in common: the hazard's fields, and a text with both source lines."""
+    """What HazardError and HazardWarning have in common: the hazard's fields, and a text with both source lines.
 
-    def __init__(self, hazard: Hazard) -> None:
-        super().__init__(hazard)
-        self.hazard = hazard
-        self.mutation = hazard.mutation
-        self.save = hazard.save
-        self.op = hazard.op
-        self.saved_by = hazard.saved_by
-        self.shape = hazard.shape
-        self.dtype = hazard.dtype
-        self.device = hazard.device
-        self.parameter = hazard.parameter
-        self.remedies = hazard.remedies
+    The text is the argument, as of any exception: who makes one anew from a text (a worker's error, raised again in the process
+    that reads from it) gets one with the text and without the fields."""
 
-    def __str__(self) -> str:
+    def __init__(self, *arguments: Any) -> None:
+        hazard = arguments[0] if arguments and isinstance(arguments[0], Hazard) else None
         # Plain: a message may end up in a log. `python -m safe_inplace run` colours its summary on a terminal.
-        return self.hazard.text()
+        super().__init__(*((hazard.text(), *arguments[1:]) if hazard else arguments))
+        self.hazard = hazard
+        self.mutation = hazard and hazard.mutation
+        self.save = hazard and hazard.save
+        self.op = hazard and hazard.op
+        self.saved_by = hazard and hazard.saved_by
+        self.shape = hazard and hazard.shape
+        self.dtype = hazard and hazard.dtype
+        self.device = hazard and hazard.device
+        self.parameter = hazard and hazard.parameter
+        self.remedies = hazard.remedies if hazard else []
 
 
 class HazardError(_Report, RuntimeError):
@@ -117,7 +140,8 @@ class HazardError(_Report, RuntimeError):
     ``mutation`` and ``save`` are the two lines, each a :class:`Site`, with the ``module`` that was being called and, for a
     line of an installed package, the ``caller``; ``op`` wrote, ``saved_by`` saved; ``shape``, ``dtype`` and ``device`` are
     the saved value's, and ``parameter`` is its name where it is a parameter.
-    ``mutation`` and ``op`` are None where nothing saw the write.
+    ``mutation`` and ``op`` are None where nothing saw the write. All are None in an error that was made from a text, as that
+    of a DataLoader's worker is.
     """
 
 

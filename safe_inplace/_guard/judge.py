@@ -19,6 +19,8 @@ from .say import say_once
 from .sites import Place
 from .values import same_bytes, value_of
 
+__tracebackhide__ = True
+
 # What to report where the tensor, which stays on its device, is true.
 Compared: TypeAlias = "tuple[Note, torch.Tensor]"
 

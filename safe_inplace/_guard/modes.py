@@ -14,6 +14,8 @@ from .policy import Note
 from .sites import Place
 from .values import bytes_of, private_copy
 
+__tracebackhide__ = True
+
 OnHazard = Literal["raise", "warn", "copy", "defer"]
 
 
@@ -107,14 +109,16 @@ class Copy(Raise):
             _, first, so_far = pairs.get(id(note[1]), (note, entry, 0))
             pairs[id(note[1])] = (note, first, so_far + (nbytes if len(copied) > before else 0))
         for note, entry, nbytes in pairs.values():
-            findings.found(note, entry, nbytes)
+            findings.found(note, entry, nbytes, repaired=True)
         return None
 
     def version(self, findings: Findings, saved: _C.Saved, op: str, place: Place) -> None:
-        findings.found(findings.note("version", saved, op, place), saved)
+        findings.found(findings.note("version", saved, op, place), saved, repaired=True)
         saved.accept()
 
     def exchanged(self, findings: Findings, hazard: Hazard, saved: _C.Saved, now: torch.Tensor) -> torch.Tensor:
+        with findings.lock:
+            hazard.repaired += 1
         return saved.value
 
 

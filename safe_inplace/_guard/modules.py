@@ -58,14 +58,14 @@ def _path(module: Module) -> str:
     return ".".join(reversed(names))
 
 
-def module_in_words(module: Module) -> str:
+def named(module: Module) -> tuple[str, str]:
+    """Its path, and what it is in words."""
     if _parent(module) is None:
         _look()
     words = type(module).__name__
     if type(module).__module__.startswith("torch.nn.") and not module._modules:
         words += f"({module.extra_repr()})"
-    path = _path(module)
-    return f"{path}: {words}" if path else words
+    return _path(module), words
 
 
 def _holds(module: Module, memory: int) -> bool:

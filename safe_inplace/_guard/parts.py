@@ -14,8 +14,9 @@ def parts_of(tensor: torch.Tensor, arrived: bool = False) -> Iterator[torch.Tens
     """The plain tensors that a traceable wrapper subclass is made of (DTensor, jagged nested tensors, ...). With `arrived`,
     what a collective is still bringing is waited for."""
     from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
 
-    if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if isinstance(tensor, (FakeTensor, FunctionalTensor)) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return
     if not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
         yield tensor

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import linecache
 import os
+import re
 import sys
 import sysconfig
+import textwrap
 import weakref
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from .. import _C
-from .modules import module_in_words
+from .modules import named
 from .say import say_once
 
 # Code and instruction of a line, the innermost module that was being called, code and instruction of the caller's line.
@@ -32,6 +36,7 @@ _LIBRARIES = (
 _INSTALLED = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
 _OPTIMIZERS = os.path.join(_SITE, "torch", "optim") + os.sep
 _DDP = os.path.join(_SITE, "torch", "nn", "parallel", "distributed.py")
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+)_at_\d+$")
 _COMPILED_REGION = os.path.join("_aot_autograd", "runtime_wrappers.py")
 
 
@@ -64,21 +69,31 @@ class Site:
     function: str
     source: str
     columns: tuple[int, int] | None = field(default=None, compare=False, repr=False)
-    called: weakref.ref[torch.nn.Module] | str | None = field(default=None, compare=False, repr=False)
+    called: weakref.ref[torch.nn.Module] | tuple[str, str] | None = field(default=None, compare=False, repr=False)
     caller: Site | None = field(default=None, compare=False)  # the user's line that led there, into an installed package
+
+    def look_up(self) -> tuple[str, str] | None:
+        """Path and words of the innermost module that was being called. Looked up when the line is reported: most never are,
+        and at the end of a program the module is gone."""
+        if isinstance(self.called, weakref.ref):
+            module = self.called()
+            object.__setattr__(self, "called", named(module) if module is not None else None)
+        return self.called  # type: ignore[return-value]
 
     @property
     def module(self) -> str | None:
-        """The innermost module that was being called, by its path. Looked up when it is asked for: most lines never are."""
-        if not isinstance(self.called, weakref.ref):
-            return self.called
-        module = self.called()
-        words = module_in_words(module) if module is not None else None
-        object.__setattr__(self, "called", words)
-        return words
+        """The innermost module that was being called, in words, with its path."""
+        called = self.look_up()
+        return called and (f"{called[0]}: {called[1]}" if called[0] else called[1])
+
+    @property
+    def module_path(self) -> str | None:
+        """Where that module lies in the outermost one that holds it; empty for the outermost itself."""
+        called = self.look_up()
+        return called and called[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Site, (self.filename, self.lineno, self.function, self.source, self.columns, self.module, self.caller)
+        return Site, (self.filename, self.lineno, self.function, self.source, self.columns, self.look_up(), self.caller)
 
     def __str__(self) -> str:
         return f"{self.filename}:{self.lineno}, in {self.function}"
@@ -103,6 +118,8 @@ def line_of(
         islice(code.co_positions(), max(instruction, 0) // 2, None), (None, None, None, None)
     )
     lineno = lineno or code.co_firstlineno
+    if column is None and lineno == code.co_firstlineno:
+        lineno = _line_of_def(code)
     line = linecache.getline(code.co_filename, lineno)
     source = line.strip()
     columns = None
@@ -111,7 +128,26 @@ def line_of(
         raw, indent = line.encode(), len(line) - len(line.lstrip())
         begin = len(raw[:column].decode(errors="replace")) - indent
         columns = (begin, begin + len(raw[column:end_column].decode(errors="replace")))
-    return Site(code.co_filename, lineno, code.co_qualname, source, columns, called, caller)
+    return Site(code.co_filename, lineno, _RESUMED.sub(r"\1", code.co_qualname), source, columns, called, caller)
+
+
+def _line_of_def(code: CodeType) -> int:
+    """Code begins at its decorators. Of code that a compiler made nothing else is known."""
+    first = code.co_firstlineno
+    lines = linecache.getlines(code.co_filename)[first - 1 :]
+    if not lines or not lines[0].lstrip().startswith("@"):
+        return first
+    try:
+        (definition,) = ast.parse(textwrap.dedent("".join(inspect.getblock(lines)))).body
+    except (SyntaxError, ValueError):
+        return first
+    return first - 1 + definition.lineno
+
+
+def is_compiled(code: CodeType | None) -> bool:
+    """Made by Dynamo: the function's, and of its lines only those that a break of the graph leaves to the interpreter."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    return dynamo is not None and code in dynamo.output_codes
 
 
 def writer(code: CodeType | None) -> tuple[FrameType | None, Literal["optimizer", "ddp"] | None]:

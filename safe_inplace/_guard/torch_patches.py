@@ -16,6 +16,8 @@ from torch.utils import checkpoint
 from .. import _C
 from .say import say_once
 
+__tracebackhide__ = True
+
 _AOT = os.path.join("torch", "_functorch", "_aot_autograd") + os.sep
 
 
@@ -63,6 +65,10 @@ class TorchPatches:
                 saved_tensors_hooks.__enter__ = self._torch_enter  # type: ignore[method-assign, assignment]
                 del torch.UntypedStorage.resize_
                 torch._C._increment_version = self._torch_increment  # type: ignore[assignment]
+
+    def after_fork(self) -> None:
+        """Another thread may have held the lock, and is not there any more."""
+        self._lock = threading.Lock()
 
     def _increment_version(self, tensors: Iterable[torch.Tensor]) -> None:
         """A compiled region says what its kernels write by raising the versions, before it runs. Whoever else raises one has

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _C
-from .sites import site_of
+from .sites import is_compiled, site_of
 from .words import short
 
 
@@ -21,7 +21,10 @@ def value_of(saved: _C.Saved) -> dict[str, Any]:
     if saved_by is None:
         # No operator was running: an autograd.Function, named as the line that called it does.
         save = site_of(saved.place)
-        saved_by = save.expression.split("(")[0] if save else "autograd.Function"
+        if is_compiled(saved.place[0]):
+            saved_by = "torch.compile"
+        else:
+            saved_by = save.expression.split("(")[0] if save else "autograd.Function"
     return {
         "saved_by": saved_by,
         "shape": shape_of(value),

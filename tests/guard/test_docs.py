@@ -21,7 +21,7 @@ def report() -> str:
         text=True,
         timeout=120,
     )
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 86, done.stderr
     text = done.stderr[done.stderr.index("safe_inplace guard:") :].replace(f"{ROOT}{os.sep}", "")
     return f"\n```console\n$ {COMMAND}\n{text.rstrip()}\n```\n\n"
 

@@ -1,9 +1,13 @@
 """What guard promises besides naming the lines: it is never less safe than torch, keeps nothing, and stays out of the way."""
 
 import contextlib
+import copy
 import gc
+import multiprocessing
+import pickle
 import threading
 import types
+import warnings
 import weakref
 
 import pytest
@@ -838,3 +842,157 @@ def test_optimizer_writes_are_named_at_the_users_step():
                 kept.sum().backward()
         assert caught.value.mutation.source == "optimizer.step()"
         assert "Run backward() before this step" in caught.value.remedies[0]
+
+
+# -- errors that travel, and guards that an exception leaves open
+
+
+def an_error(kind=HazardError):
+    x = torch.ones(3, requires_grad=True)
+    with guard("raise" if kind is HazardError else "warn"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        h = x * 1
+        y = h * h
+        with pytest.raises(kind) as caught:
+            h.mul_(2)
+        del y
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", [HazardError, HazardWarning])
+def test_an_error_survives_pickling_and_copies(kind):
+    error = an_error(kind)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(twin) is kind and str(twin) == str(error) and "h.mul_(2)" in str(twin)
+        assert twin.mutation == error.mutation and twin.hazard == error.hazard and twin.remedies == error.remedies != []
+
+
+@pytest.mark.parametrize("kind", [HazardError, HazardWarning])
+def test_an_error_is_made_anew_as_others_are(kind):
+    error = an_error(kind)
+    assert error.args == (str(error),)
+    for arguments in ((), ("text",), ("text", 2), error.args):
+        twin = kind(*arguments)
+        plain = RuntimeError(*arguments)
+        assert str(twin) == str(plain) and twin.args == plain.args and pickle.loads(pickle.dumps(twin)).args == plain.args
+        assert twin.mutation is twin.save is twin.hazard is twin.op is None and twin.remedies == []
+    error.args = (error.args[0] + " in step 3",)
+    assert str(error).endswith("each time. in step 3")
+
+
+class Hazardous(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise an_error()
+
+
+def test_a_worker_of_a_data_loader():
+    with pytest.raises(HazardError, match=r"Caught HazardError in DataLoader worker process 0[\s\S]*h.mul_\(2\)"):
+        list(torch.utils.data.DataLoader(Hazardous(), num_workers=1))
+
+
+def fail(index):
+    raise an_error()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_errors_of_worker_processes(method):
+    with multiprocessing.get_context(method).Pool(1) as pool, pytest.raises(HazardError) as caught:
+        pool.map(fail, [0])
+    assert caught.value.mutation.source == "h.mul_(2)"
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"h.mul_\(2\)"):
+        torch.multiprocessing.start_processes(fail, nprocs=1, start_method=method)
+
+
+def is_open():
+    return safe_inplace._C.guard_current() is not None
+
+
+def test_a_guard_that_an_exception_leaves_open_is_closed_with_the_one_around_it():
+    inner = guard("copy")
+
+    def begins():
+        inner.__enter__()
+        raise KeyError
+
+    with pytest.raises(KeyError), guard():
+        begins()
+    assert not is_open()
+    with pytest.raises(KeyError), guard("defer") as outer:
+        try:
+            with guard():
+                begins()
+        finally:
+            assert safe_inplace._C.guard_current() is outer
+    assert not is_open()
+    # Somebody may still leave it.
+    inner.__exit__(None, None, None)
+    with inner:
+        assert is_open()
+    assert not is_open()
+
+
+def test_a_guard_that_others_hold_stays_open_when_an_exception_passes():
+    inner = guard("copy")
+
+    @contextlib.contextmanager
+    def generator():
+        with inner:
+            yield
+
+    for opened in (lambda stack: stack.enter_context(inner), lambda stack: stack.enter_context(generator())):
+        with contextlib.ExitStack() as stack:
+            with pytest.raises(KeyError), guard():
+                opened(stack)
+                raise KeyError
+            assert safe_inplace._C.guard_current() is inner
+        assert not is_open()
+
+
+def test_a_guard_that_cannot_be_entered_is_not_left_open(monkeypatch):
+    monkeypatch.setattr(safe_inplace._guard.api.torch_patches, "enter", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), guard():
+        raise AssertionError("entered")
+    assert not is_open()
+
+
+def test_a_thread_that_ends_with_an_open_guard_leaves_torch_as_it_was():
+    before = torch.autograd.graph.disable_saved_tensors_hooks
+    thread = threading.Thread(target=lambda: guard().__enter__())
+    thread.start()
+    thread.join()
+    gc.collect()
+    assert torch.autograd.graph.disable_saved_tensors_hooks == before
+
+
+def test_a_decorator_without_parentheses():
+    @guard
+    def function(a, *, b=2):
+        "words"
+        assert guard_current() is not None and guard_current().on_hazard == "raise"
+        return a + b
+
+    class Own:
+        @guard
+        def method(self, a):
+            return self, a, is_open()
+
+    assert function(1, b=3) == 4 and function.__doc__ == "words" and function.__name__ == "function"
+    own = Own()
+    assert own.method(1) == (own, 1, True) and not is_open()
+    with pytest.raises(TypeError, match="suspends"):
+
+        @guard
+        def generator():
+            yield
+
+    with pytest.raises(ValueError, match="on_hazard must be"):
+        guard("loud")
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, pickle.dumps, lambda watch: copy.deepcopy({"held": [watch]})])
+def test_a_guard_that_is_copied_or_pickled_says_why_not(twin):
+    with pytest.raises(TypeError, match=r"neither copied nor pickled, since .* make another: guard\('copy', verify=True\)"):
+        twin(guard("copy", verify=True))

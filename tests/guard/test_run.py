@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import safe_inplace
 
+HAZARDS = 86
 ROOT = Path(safe_inplace.__file__).parent.parent
 PROGRAM = textwrap.dedent(
     """
@@ -35,12 +39,14 @@ PROGRAM = textwrap.dedent(
     """
 ).lstrip()
 
+FORWARDS = PROGRAM.replace("step(x).sum().backward()", "step(x)").replace(", x.grad.tolist()", "")
 
-def run(folder, *arguments):
+
+def run(folder, *arguments, python=("-m", "safe_inplace", "run"), **environment):
     return subprocess.run(
-        [sys.executable, "-m", "safe_inplace", "run", *arguments],
+        [sys.executable, *python, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -59,7 +65,7 @@ def line(text):
 
 def test_raise_stops_at_the_write(program):
     done = run(program, "program.py")
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == HAZARDS and done.stdout == ""
     assert "safe_inplace guard: 1 hazard between 1 pair of lines" in done.stderr
     assert f"program.py:{line('h.mul_')}, in step" in done.stderr
     assert f"program.py:{line('y = h')}, in step" in done.stderr
@@ -85,7 +91,7 @@ def test_colour_on_a_terminal_and_nowhere_else(program):
     shown = b""
     while chunk := _read(master):
         shown += chunk
-    assert done.wait(timeout=120) == 1
+    assert done.wait(timeout=120) == HAZARDS
     assert b"\x1b[1;31mwritten" in shown and b"h.mul_(10)" in shown
     logged = (program / "log").read_text()
     assert "HazardError" in logged and "h.mul_(10)" in logged and "\x1b" not in logged
@@ -100,7 +106,7 @@ def _read(descriptor):
 
 def test_copy_runs_on_and_counts(program):
     done = run(program, "--on-hazard", "copy", "--json", "found.json", "program.py", "--verify", "-m")
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 0, done.stderr
     assert done.stdout == "__main__ ['--verify', '-m'] [4.0, 4.0, 4.0]\n"
     assert "2 times, 24 B copied" in done.stderr
     found = json.loads((program / "found.json").read_text())
@@ -112,13 +118,13 @@ def test_copy_runs_on_and_counts(program):
 
 def test_warn_lets_torch_refuse(program):
     done = run(program, "--on-hazard=warn", "program.py")
-    assert done.returncode == 1
+    assert done.returncode == HAZARDS
     assert "HazardWarning" in done.stderr and "backward" in done.stderr
 
 
 def test_defer_stops_where_backward_asks_for_the_value(program):
     done = run(program, "--on-hazard", "defer", "program.py")
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == HAZARDS and done.stdout == ""
     assert "has been modified by an inplace operation" in done.stderr and "step(x).sum().backward()" in done.stderr
     assert f"program.py:{line('h.mul_')}, in step" in done.stderr
     assert f"program.py:{line('y = h')}, in step" in done.stderr
@@ -144,5 +150,231 @@ def test_a_program_that_fails_by_itself(program):
     assert "KeyError: 'gone'" in done.stderr and "runpy" not in done.stderr and "_run.py" not in done.stderr
 
 
-def test_nothing_to_run(program):
-    assert run(program).returncode == 2
+
+def at_once(program, text, *arguments):
+    (program / "other.py").write_text(text)
+    done = run(program, *arguments, "other.py")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ABOUT = "import sys\nprint([__file__, sys.argv, sys.path[0], __name__, __package__, __spec__ and __spec__.name])\n"
+
+
+@pytest.mark.parametrize("way", ["script", "path", "link", "module", "package", "folder"])
+def test_a_program_finds_about_itself_what_the_interpreter_tells(tmp_path, way):
+    package = tmp_path / "inner" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import sys\nprint(sys.argv)\n")
+    for name in ("inner/script.py", "inner/package/__main__.py"):
+        (tmp_path / name).write_text(ABOUT)
+    (tmp_path / "link.py").symlink_to("inner/script.py")
+    folder, arguments = {
+        "script": ("inner", ["script.py"]),
+        "path": ("", ["inner/script.py"]),
+        "link": ("", ["link.py"]),
+        "module": ("inner", ["-m", "script"]),
+        "package": ("inner", ["-m", "package"]),
+        "folder": ("", ["inner/package"]),
+    }[way]
+    plain = subprocess.run(
+        [sys.executable, *arguments, "--flag", "-m"], cwd=tmp_path / folder, capture_output=True, text=True, timeout=120
+    )
+    done = run(tmp_path / folder, *arguments, "--flag", "-m")
+    assert plain.returncode == 0 and done.stdout == plain.stdout
+    assert done.stderr == "safe_inplace guard: no hazards\n"
+
+
+def test_what_the_program_leaves_behind_finds_its_module(program):
+    (program / "late.py").write_text(
+        "import atexit, pickle\nclass Thing: pass\nthing = Thing()\n"
+        "atexit.register(lambda: print(type(pickle.loads(pickle.dumps(thing))) is Thing))\n"
+    )
+    assert run(program, "late.py").stdout == "True\n"
+
+
+def test_a_script_that_changes_folder_keeps_its_lines_and_its_remedies(program):
+    (program / "moves.py").write_text("import os\nos.chdir('/')\n" + PROGRAM.replace("h.mul_(10)", "h = h.mul_(10)"))
+    done = run(program, "moves.py")
+    assert "h = h.mul_(10)" in done.stderr and "y = h * h" in done.stderr
+    assert "Write it out of place: h = h.mul(10)" in done.stderr
+
+
+def test_two_dashes_end_the_options(program):
+    done = run(program, "--on-hazard", "copy", "--", "program.py", "--", "--json")
+    assert done.stdout == "__main__ ['--', '--json'] [4.0, 4.0, 4.0]\n"
+
+
+def test_version(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "safe_inplace", "--version"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"safe_inplace {safe_inplace.__version__}\n" and done.returncode == 0
+
+
+def test_the_console_script(tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name, _, function = project["scripts"]["safe-inplace"].partition(":")
+    script = tmp_path / "safe-inplace"
+    script.write_text(f"import sys\nfrom {name} import {function}\nsys.exit({function}())\n")
+    (tmp_path / "x.py").write_text("import sys\nprint(sys.path[0])\n")
+    (tmp_path / "y").mkdir()
+    for arguments, status, text in ((["run", "../x.py"], 0, f"{tmp_path}\n"), (["run"], 2, "usage: safe-inplace run [")):
+        done = subprocess.run(
+            [sys.executable, script, *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path / "y",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == status and (done.stdout or done.stderr).startswith(text), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "nothing to run"),
+        (["--verify"], "nothing to run"),
+        (["--"], "nothing to run"),
+        (["-m"], "nothing to run"),
+        (["--bogus", "program.py"], "unrecognized arguments: --bogus"),
+        (["--on-hazard", "never", "program.py"], "invalid choice: 'never'"),
+        (["--json", "no/such/folder.json", "program.py"], "--json no/such/folder.json: No such file"),
+    ],
+)
+def test_a_call_that_is_wrong_shows_the_usage_of_run(program, arguments, complaint):
+    done = run(program, *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("usage: python -m safe_inplace run [--on-hazard") and complaint in done.stderr
+
+
+def test_unknown_arguments_of_other_commands_show_their_usage(tmp_path, capsys):
+    from safe_inplace.__main__ import main
+
+    for command in ("env", "check-sources"):
+        with pytest.raises(SystemExit) as exit:
+            main([command, "--bogus"])
+        assert exit.value.code == 2
+        assert capsys.readouterr().err.startswith(f"usage: python -m safe_inplace {command}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["gone.py"], 2), (["-m", "gone"], 1), (["-m", "gone.too"], 1), (["empty"], 1), (["broken.py"], 1)]
+)
+def test_no_verdict_where_nothing_ran(program, arguments, status):
+    (program / "empty").mkdir()
+    (program / "broken.py").write_text("def\n")
+    plain = subprocess.run([sys.executable, *arguments], cwd=program, capture_output=True, text=True, timeout=120)
+    done = run(program, *arguments)
+    assert done.returncode == plain.returncode == status
+    assert "hazards" not in done.stderr and done.stderr.splitlines()[-1].partition(": ")[2] == (
+        plain.stderr.splitlines()[-1].partition(": ")[2]
+    )
+
+
+def test_the_file_is_opened_before_the_program_starts_and_where_it_started(program):
+    text = at_once(
+        program,
+        "import os\nprint(os.path.exists('found.json'))\nos.makedirs('x')\nos.chdir('x')",
+        "--json",
+        "found.json",
+    )
+    assert text == "True\n"
+    found = json.loads((program / "found.json").read_text())
+    assert found["hazards"] == [] and found["program"] == ["other.py"] and found["status"] == 0
+
+
+NET = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid(), nn.ReLU(inplace=True))
+    def forward(self, x): return self.body(x)
+Net()(torch.ones(1, 2)).sum().backward()
+"""
+
+
+def test_the_layout_of_the_file_is_the_documented_one(program):
+    (program / "net.py").write_text(NET)
+    assert run(program, "--on-hazard", "copy", "--json", "found.json", "net.py", "x").returncode == 0
+    found = json.loads((program / "found.json").read_text())
+    page = (ROOT / "docs" / "run.md").read_text()
+    (example,) = re.findall(r"^```json\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert layout(found) == layout(json.loads(example))
+    assert found["schema"] == json.loads(example)["schema"] == 1
+    (hazard,) = found["hazards"]
+    site = hazard["mutation"]
+    assert site["module"] == "body.2: ReLU(inplace=True)" and site["module_path"] == "body.2"
+    begin, end = site["columns"]
+    assert site["source"][begin:end] == "self.body(x)"
+
+
+def layout(value):
+    if isinstance(value, dict):
+        return {key: layout(inner) for key, inner in value.items()}
+    return [layout(value[0])] if isinstance(value, list) and value and isinstance(value[0], dict) else None
+
+
+def test_hazards_have_a_status_that_no_program_has(program):
+    for code, mode, status in ((3, "warn", HAZARDS), (0, "copy", 0), (3, "copy", 3)):
+        (program / "other.py").write_text(FORWARDS + f"\nsys.exit({code})\n")
+        assert run(program, "--on-hazard", mode, "other.py").returncode == status
+    for code in (HAZARDS, HAZARDS + 256):
+        (program / "other.py").write_text(f"import sys\nsys.exit({code})\n")
+        done = run(program, "other.py")
+        assert done.returncode == 1 and "no hazards" in done.stderr and f"exits with {HAZARDS}" in done.stderr
+
+
+def test_copy_that_could_not_repair_is_told_by_the_status(program):
+    """What was overwritten before the guard could see it."""
+    (program / "other.py").write_text(
+        "import threading, torch, _thread\nx = torch.ones(3, requires_grad=True)\nh = x * 1\ny = h * h\n"
+        "import numpy\nalias = h.detach().numpy()\nalias *= 2\ny.sum().backward()\n"
+    )
+    done = run(program, "--on-hazard", "copy", "--verify", "other.py")
+    assert done.returncode == HAZARDS, done.stderr
+
+
+@pytest.mark.parametrize(("text", "status"), [(PROGRAM, 0), ("raise KeyError", 1), ("import sys; sys.exit(3)", 3)])
+def test_exit_zero_is_for_hazards_alone(program, text, status):
+    (program / "other.py").write_text(text)
+    done = run(program, "--exit-zero", "other.py")
+    assert done.returncode == status, done.stderr
+    assert ("1 hazard" in done.stderr) == (text is PROGRAM)
+
+
+def test_a_report_at_the_end_by_sigterm(program):
+    (program / "waits.py").write_text(
+        FORWARDS + "\nimport time\nprint('ready', flush=True)\ntime.sleep(100)\n"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-m", "safe_inplace", "run", "--on-hazard", "copy", "--json", "found.json", "waits.py"],
+        cwd=program,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while started.stdout.readline() != "ready\n":
+        assert started.poll() is None
+    started.terminate()
+    _, told = started.communicate(timeout=60)
+    assert started.returncode == -signal.SIGTERM
+    assert "2 hazards between 1 pair of lines" in told
+    found = json.loads((program / "found.json").read_text())
+    assert found["hazards_seen"] == 2 and found["status"] == -signal.SIGTERM
+
+
+def test_the_program_keeps_its_own_answer_to_sigterm(program):
+    (program / "answers.py").write_text(
+        "import os, signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = run(program, "answers.py")
+    assert done.returncode == 7 and done.stderr == "safe_inplace guard: no hazards\n"

@@ -614,3 +614,110 @@ def test_a_forked_child_is_guarded_too():
         """
     )
     assert done.returncode == 0, done.stderr
+
+
+# -- decorated functions that are compiled
+
+
+def product(x, w):
+    return (x * w).sum()
+
+
+class Writer(nn.Module):
+    @staticmethod
+    def written(x, w):
+        w.mul_(2)
+        return x * 2
+
+    @guard
+    def forward(self, x, w):
+        return Writer.written(x, w)
+
+    @guard(
+        "raise",
+    )
+    def broken(self, x, w):
+        y = x * 2
+        torch._dynamo.graph_break()
+        return Writer.written(y, w)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("method", "line"), [("forward", "def forward(self, x, w):"), ("broken", "torch._dynamo.graph_break()")]
+)
+def test_a_decorated_function_that_is_compiled_is_named_by_its_own_line(fresh_dynamo, backend, method, line):
+    compiled = torch.compile(getattr(Writer(), method), backend=backend)
+    x, w = leaf(3), torch.ones(3)
+    with guard(), pytest.raises(HazardError) as caught:
+        loss = product(x, w)
+        compiled(x, w)
+    del loss
+    site = caught.value.mutation
+    assert (site.filename, site.source, site.function) == (__file__, line, f"Writer.{method}")
+
+
+def test_what_a_compiled_function_saved_is_named_by_the_function(fresh_dynamo):
+    @torch.compile(backend="aot_eager")
+    @guard
+    def saves(x):
+        return x.exp()
+
+    y = saves(leaf(3))
+    with guard(), pytest.raises(HazardError) as caught:
+        y.mul_(2)
+    assert caught.value.save.source == "def saves(x):" and caught.value.saved_by == "torch.compile"
+
+
+def test_decorated_functions_compute_the_same_compiled_and_nothing_is_said_of_how_they_are_traced(fresh_dynamo):
+    def step(x):
+        h = x.sin()
+        return (h * h).relu_().sum()
+
+    x = leaf(5)
+    step(x).backward()
+    expected, x.grad = x.grad, None
+    guarded = guard(step)
+    for function in (torch.compile(guarded, backend="aot_eager"), torch.compile(lambda x: guarded(x) * 1, backend="aot_eager")):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            function(x).backward()
+        assert torch.equal(x.grad, expected)
+        words = [str(warning.message) for warning in said]
+        assert [text for text in words if "Dynamo" in text or ("safe_inplace" in text and "compiled region" not in text)] == []
+        x.grad = None
+
+
+def test_nothing_is_said_of_the_tensors_that_a_tracer_traces_with(fresh_dynamo, monkeypatch):
+    from torch.func import functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    monkeypatch.setattr(say, "_said", set())
+
+    def written(x):
+        return (x.sin() * 2).mul_(3)
+
+    with warnings.catch_warnings(record=True) as said, guard():
+        warnings.simplefilter("always")
+        torch.compile(written, backend="aot_eager")(leaf(3)).sum().backward()
+        make_fx(functionalize(written))(torch.ones(3))
+        make_fx(written, tracing_mode="symbolic")(torch.ones(3))
+        torch.export.export(nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)), (torch.ones(2, 3),))
+    assert [str(words.message) for words in said if "where its memory is" in str(words.message)] == []
+
+
+def test_one_graph_with_a_guard_in_it_says_in_a_sentence_what_to_do(fresh_dynamo):
+    def opened(x):
+        with guard():
+            return x * 2
+
+    @guard
+    def decorated(x):
+        return x * 2
+
+    for function in (opened, decorated, lambda x: decorated(x) + 1):
+        with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
+            torch.compile(function, backend="eager", fullgraph=True)(torch.ones(3))
+        assert (
+            "a safe_inplace.guard cannot be opened inside of a compiled region; open it around the call of the compiled function"
+        ) in str(caught.value)

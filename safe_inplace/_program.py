@@ -1,0 +1,93 @@
+"""Runs a program in this process as `python script.py` and `python -m module` do."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import io
+import os
+import pkgutil
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from typing import Any
+
+
+class NoProgram(Exception):
+    """There is nothing to run. The text is the interpreter's, and so is the status."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def script(argv: list[str]) -> Callable[[], None]:
+    """A script, or a folder or archive with a __main__.py; what is not a program raises before anything of it has run."""
+    path = os.path.join(os.getcwd(), argv[0])
+    if os.path.isdir(path) or zipfile.is_zipfile(path):
+        _begin(argv, path)
+        spec = PathFinder.find_spec("__main__", [path])
+        if spec is None:
+            raise NoProgram(f"can't find '__main__' module in {path!r}", 1)
+        return _of_a_spec(spec)
+    try:
+        with io.open_code(path) as file:
+            code = pkgutil.read_code(file)
+            if code is None:
+                file.seek(0)
+                code = compile(file.read(), path, "exec", dont_inherit=True)
+    except OSError as error:
+        raise NoProgram(f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2) from None
+    _begin(argv, os.path.dirname(os.path.realpath(path)))
+    return _as_main(code, __file__=path, __loader__=SourceFileLoader("__main__", path), __cached__=None)
+
+
+def module(argv: list[str]) -> Callable[[], None]:
+    name = argv[0]
+    _begin(["-m", *argv[1:]], os.getcwd())
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise NoProgram(f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})", 1) from None
+    if spec is None:
+        raise NoProgram(f"No module named {name}", 1)
+    sys.argv[0] = spec.origin or name
+    return _of_a_spec(spec)
+
+
+def _begin(argv: list[str], folder: str) -> None:
+    sys.argv[:] = argv
+    if not sys.flags.safe_path:
+        sys.path[0] = folder
+
+
+def _of_a_spec(spec: ModuleSpec) -> Callable[[], None]:
+    code = getattr(spec.loader, "get_code", lambda _: None)(spec.name)
+    if code is None:
+        raise NoProgram(f"No code object available for {spec.name}", 1)
+    return _as_main(
+        code,
+        __file__=spec.origin,
+        __loader__=spec.loader,
+        __cached__=spec.cached,
+        __spec__=spec,
+        __package__=spec.parent,
+    )
+
+
+def _as_main(code: types.CodeType, **names: Any) -> Callable[[], None]:
+    """The module stays in sys.modules when the program is through: its threads, atexit functions and pickles look there."""
+    main = types.ModuleType("__main__")
+    main.__dict__.update({"__builtins__": builtins, "__annotations__": {}, **names})
+
+    def run() -> None:
+        sys.modules["__main__"] = main
+        exec(code, main.__dict__)
+
+    return run
