@@ -65,11 +65,15 @@ test: $(BUILT) $(foreach name,$(TEST_EXTRAS),$(call extra,$(name)))
 	@$(PY) -m pytest -n $(MAX_JOBS) --dist worksteal $(ARGS)
 
 demo: $(BUILT) $(call extra,demo)
-	$(call say,the demo 1 of 3: training on digits with torch's ops and with these)
+	$(call say,the demo 1 of 4: a wrong gradient without any error, and what the guard says of it)
+	@cat examples/silently_wrong.py
+	$(PY) examples/silently_wrong.py
+	$(PY) -m safe_inplace run --exit-zero examples/silently_wrong.py
+	$(call say,the demo 2 of 4: training on digits with torch's ops and with these)
 	@KINETO_LOG_LEVEL=99 $(PY) -m examples.digits $(ARGS)
-	$(call say,the demo 2 of 3: the modules of the in-place tutorials)
+	$(call say,the demo 3 of 4: the modules of the in-place tutorials)
 	@$(PY) -m examples.tutorial_modules
-	$(call say,the demo 3 of 3: what the guard says of a careless write)
+	$(call say,the demo 4 of 4: what the guard says of a careless write)
 	@$(PY) -m examples.guard_report
 
 bench: $(BUILT) $(call extra,bench)

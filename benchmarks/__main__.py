@@ -1,11 +1,11 @@
 """python -m benchmarks [run] | models | compare | targets | report | calls
 
-run       measures, writes the result file of this device and torch, and renews plots and the README's tables
+run       measures, writes the result file of this device and torch, and renews tables and plots
 models    measures steps of models of timm, transformers and diffusers, as far as these are installed: plain, with torch's best,
           with the ops in place and patched; a GPU's time is its own, else as the clock says
 compare   measures the short set with this build and with another, in turns, and writes the ratios
 targets   measures what the targets are stated for and prints target and measured side by side
-report    makes the plots and the README's tables from the result files
+report    makes the tables, the plots and the README's pictures from the result files
 calls     what one call costs, in time or, with --callgrind, in instructions
 """
 
@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tests.op_table import BY_NAME
 
-from . import calls, compare, models, report, results
+from . import calls, compare, first_look, models, report, results
 from .cases import LAYOUTS, MODES, Case, default_cases, full_cases, target_cases
 from .results import Row
 from .runner import Effort, run
@@ -92,7 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     aims = commands.add_parser("targets", parents=[measuring], help="measured beside the targets")
     aims.add_argument("--from", dest="source", type=Path, help="judge this result file instead of measuring")
     aims.add_argument("--all", action="store_true", help="each figure, not each promise")
-    commands.add_parser("report", help="plots and the README's tables from the result files")
+    commands.add_parser("report", help="tables, plots and the README's pictures from the result files")
     one = commands.add_parser("calls", help="the cost of one call")
     one.add_argument("--callgrind", action="store_true", help="count instructions; minutes for each op")
     one.add_argument("--ops", nargs="+", choices=list(BY_NAME), default=list(BY_NAME))
@@ -236,7 +236,7 @@ def measure_models(options: argparse.Namespace, console: Console) -> int:
         results.write(path, about, gathered.rows)
         console.print(f"written: {path}")
         if path.parent.resolve() == results.MODELS:
-            for made in report.write_models():
+            for made in (*report.write_models(), first_look.draw()):
                 console.print(f"written: {made}")
     return 0
 
@@ -247,7 +247,7 @@ def main(arguments: list[str]) -> int:
     if not console.is_terminal:
         console = Console(width=140)
     if options.command == "report":
-        for path in (*report.write(), *report.write_models()):
+        for path in (*report.write(), *report.write_models(), first_look.draw()):
             console.print(path)
         return 0
     if options.command == "models":

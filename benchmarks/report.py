@@ -206,33 +206,31 @@ def plot_names(path: Path) -> tuple[Path, Path]:
 
 
 def summary(path: Path) -> str:
-    """A result file's part of the README."""
+    """What a result file says of each op and of the model blocks."""
     about, rows = read(path)
-    share, ratio = (p.relative_to(ROOT) if p.is_relative_to(ROOT) else p for p in plot_names(path))
+    share, ratio = plot_names(path)
     parts = [
-        f"**{about_text(about)}**",
         "Times faster than torch in place / torch out of place / `torch.compile`, float32:",
         per_op(rows),
         per_model(rows),
-        f"![Ratio to torch, per op]({ratio})",
-        f"![Bytes per second over those of {yardstick(about)}, against size]({share})",
+        f"![Ratio to torch, per op]({ratio.name})",
+        f"![Bytes per second over those of {yardstick(about)}, against size]({share.name})",
     ]
     return "\n\n".join(p for p in parts if p)
 
 
 def readme_section(folder: Path = RESULTS) -> str:
-    files = result_files(folder)
-    if not files:
-        return "No results yet: `make bench` measures."
-    every = (
-        "Each promise and every case measured: [benchmarks/results](benchmarks/results/README.md). "
-        "What one call costs in instructions: `python -m benchmarks calls --callgrind`."
-    )
-    return "\n\n".join([*(summary(path) for path in files), every])
+    """A plot of each result file; the tables are on the page beside the files."""
+    parts = []
+    for path in result_files(folder):
+        _, ratio = plot_names(path)
+        ratio = ratio.relative_to(ROOT) if ratio.is_relative_to(ROOT) else ratio
+        parts.append(f"**{about_text(read(path)[0])}**\n\n![Times faster than torch, per op]({ratio})")
+    return "\n\n".join(parts) or "No results yet: `make bench` measures."
 
 
 def details(folder: Path = RESULTS) -> str:
-    """The page beside the result files: targets and the whole forward and training tables."""
+    """The page beside the result files: the tables of each, in short and whole."""
     parts = ["# Results", "Written by `python -m benchmarks report` from the result files here."]
     for path in result_files(folder):
         about, rows = read(path)
@@ -240,6 +238,7 @@ def details(folder: Path = RESULTS) -> str:
         parts += [
             f"## {about['device']}, torch {about['torch']}",
             f"[{path.name}]({path.name}). {about_text(about)}",
+            summary(path),
             "### What was promised",
             markdown(["promise", "target", "median", "worst", "met"], body),
             "### Every case",

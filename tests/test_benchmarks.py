@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, families, models, report, results, steps, targets
+from benchmarks import cases, compare, families, first_look, models, report, results, steps, targets
 from benchmarks.cases import (
     CALL,
     FORWARD,
@@ -206,7 +206,8 @@ def test_files_tables_and_plots_follow_from_the_rows(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert all(f"`{name}`" in text for name in BY_NAME)
+    assert made[1].name in text
+    assert all(f"| `{name}` |" in made[-2].read_text() for name in BY_NAME)
 
 
 def test_readme_is_what_the_result_files_say():
@@ -214,6 +215,17 @@ def test_readme_is_what_the_result_files_say():
     assert report.insert(text, report.readme_section()) == text
     if results.result_files():
         assert report.DETAILS.read_text() == report.details()
+
+
+def test_the_first_picture_shows_what_happens(tmp_path):
+    """Torch alone is wrong and silent, guard names both lines, and the bars are the patched steps of models with a rule."""
+    gradient = json.loads(first_look.said().removeprefix("x.grad = "))
+    assert gradient == pytest.approx([math.e + 1] * 3)  # exp's is e
+    report_of_guard = first_look.report_of_guard()
+    assert "examples/silently_wrong.py:7" in report_of_guard and "examples/silently_wrong.py:6" in report_of_guard
+    _, rows = first_look.rows()
+    assert rows and all(row.replaced for row in rows)
+    assert first_look.draw(tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_targets_can_be_missed():
