@@ -1,5 +1,4 @@
-// A backward plan on the CPU: one pass over the incoming gradient that stores the element-wise gradients and adds up those of
-// broadcast operands.
+// A backward plan on the CPU: one pass over the gradient stores element-wise gradients and adds up those of broadcast operands.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
