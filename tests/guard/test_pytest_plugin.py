@@ -42,7 +42,8 @@ def suite(pytester, monkeypatch):
         pytester.makepyfile("from steps import *\n" + text)
         option = "--safe-inplace-guard" if mode is None else f"--safe-inplace-guard={mode}"
         done = pytester.runpytest_subprocess("-p", "pytest_safe_inplace", "-p", "no:cacheprovider", *options, option)
-        done.section = re.split(r"^=+ safe_inplace guard =+\n", done.stdout.str(), flags=re.MULTILINE)[-1]
+        after = re.split(r"^=+ safe_inplace guard =+\n", done.stdout.str(), flags=re.MULTILINE)[-1]
+        done.section = re.split(r"^=+ .* =+$", after, flags=re.MULTILINE)[0]
         return done
 
     return run
