@@ -6,9 +6,11 @@ import torch
 import safe_inplace
 
 from ..op_table import OPS
-from .engine import Disagreement
-from .forward.check import FUZZ
-from .forward.steps import Binary
+from .engine import Disagreement, Var
+from .forward.check import FUZZ, Ours, Torch, check
+from .forward.passes import Grad
+from .forward.steps import Binary, Leaf, PrivateView, Unary, Write
+from .machines import TensorProgram
 from .slices import SEED, slices
 
 
@@ -117,3 +119,18 @@ OPS_BY_NAME = {op.name: op.function for op in OPS}
 def test_the_fuzz_finds(broken):
     with pytest.raises(Disagreement, match=r"reproduce: python -m tests\.programs forward"):
         FUZZ.search("broken", range(2000), sabotaged("mul_add_", broken))
+
+
+def test_a_history_that_torch_loses_of_nothing():
+    """CopySlices gives the gradient of a view without elements no history, the formula and ours do."""
+    steps = [
+        Leaf((0, 3), 244, True),
+        Unary(Var(0), "clone"),
+        PrivateView(Var(1), "clone", "narrow", (1, 0, 1)),
+        Write(Var(2), "add_", (Var(2),), 0.0, False),
+        Grad(Var(2), Var(0), "sin", 278, True, True),
+    ]
+    program = TensorProgram("lost", steps, torch.float64)
+    ours, theirs = Ours(program).run(), Torch(program).run()
+    assert ours.variables[-1].requires_grad and not theirs.variables[-1].requires_grad
+    assert check(program) == "agree"

@@ -94,6 +94,9 @@ def compare_results(tolerance, first, second, what, hooks):
             if not close(a, b, tolerance):
                 raise Disagreement(f"{what}: {kind}{index} is\n{a}\ninstead of\n{b}")
             if hooks and kind == "v" and a.requires_grad != b.requires_grad:
+                # Through its own write to a view of no elements torch loses the history of the gradient.
+                if a.requires_grad and a.numel() == 0:
+                    continue
                 raise Disagreement(f"{what}: v{index}.requires_grad is {a.requires_grad}")
 
 
