@@ -118,7 +118,7 @@ _TELLING = {structure for leaf in TELLING for structure in leaf.structures}
 
 def _is_home(cls: type) -> bool:
     library = cls.__module__.split(".")[0]
-    homes = (home for rule in RULES.values() for home in rule.homes)
+    homes = (home for rule in RULES for home in rule.homes)
     return any(home.split(".")[0] == library and home.rsplit(".", 1)[1] == cls.__name__ for home in homes)
 
 

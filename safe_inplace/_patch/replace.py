@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from .rules import RULES, Forward, Leaf, Rule
-from .structure import innermost
+from .rules import Forward, Leaf, Rule, rules_for
+from .structure import innermost, structure_of
 
-_classes: weakref.WeakValueDictionary[tuple[type, Forward, str], type] = weakref.WeakValueDictionary()
+_classes: weakref.WeakValueDictionary[tuple[type, Forward, Rule], type] = weakref.WeakValueDictionary()
 
 # Of a function and the leaves that it may be: the functions that it calls, as they were when it was found to be one of them.
 _verified: dict[tuple[Forward, tuple[Leaf, ...]], tuple[tuple[str, Any], ...]] = {}
@@ -132,7 +132,7 @@ def _make_forward(patch: Patch) -> Forward:
 
 def patched_class(base: Any, rule: Rule) -> type:
     """The class of an instance of `base` that runs the rule's forward. Raises TypeError where there can be none."""
-    key = (base, base.forward, rule.name)
+    key = (base, base.forward, rule)
     known = _classes.get(key)
     if known is not None:
         return known
@@ -141,7 +141,7 @@ def patched_class(base: Any, rule: Rule) -> type:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         made: Any = super(result, self).__reduce_ex__(protocol)
         if type(self) is result and made[0] is copyreg.__newobj__ and made[1] == (result,):  # type: ignore[attr-defined]
-            return (_new, (base, rule.name), *made[2:])
+            return (_new, (base,), *made[2:])
         return made
 
     namespace = {
@@ -157,10 +157,11 @@ def patched_class(base: Any, rule: Rule) -> type:
     return result
 
 
-def _new(base: Any, name: str) -> Any:
-    """An instance, unpickled. The library may be another version here: then it is a plain one."""
-    rule = RULES.get(name)
-    if rule is None or rule.obstacle(innermost(base.forward)) or rule.argument_obstacle(base.forward):
+def _new(base: Any) -> Any:
+    """An instance, unpickled. The library may be another version here: then another rule's, or a plain one."""
+    function = innermost(base.forward)
+    rule = rules_for(structure_of(function))
+    if rule is None or rule.obstacle(function) or rule.argument_obstacle(function):
         return base.__new__(base)
     return base.__new__(patched_class(base, rule))
 

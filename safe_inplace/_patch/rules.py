@@ -50,6 +50,7 @@ IDENTITY = Leaf(("86f79cd83044",), name="Identity")
 
 @dataclass(frozen=True, eq=False)
 class Rule(Known):
+    # Of the family: the forwards that a block has in other releases have rules of the same name.
     name: str = ""
     # The classes that it was written from, the first of each library: "package.module.Class".
     homes: tuple[str, ...] = ()
@@ -73,7 +74,7 @@ def _arguments(function: Forward) -> list[inspect.Parameter]:
     return list(inspect.signature(innermost(function), follow_wrapped=False).parameters.values())
 
 
-RULES: dict[str, Rule] = {}
+RULES: list[Rule] = []
 
 
 def rule(
@@ -88,14 +89,16 @@ def rule(
 
     def register(forward: Forward) -> Forward:
         leaves = {path: leaf if isinstance(leaf, tuple) else (leaf,) for path, leaf in (inlines or {}).items()}
-        RULES[name] = Rule(
-            structures=structures,
-            helpers=helpers or {},
-            name=name,
-            homes=homes if isinstance(homes, tuple) else (homes,),
-            inlines=leaves,
-            ops=ops,
-            forward=forward,
+        RULES.append(
+            Rule(
+                structures=structures,
+                helpers=helpers or {},
+                name=name,
+                homes=homes if isinstance(homes, tuple) else (homes,),
+                inlines=leaves,
+                ops=ops,
+                forward=forward,
+            )
         )
         return forward
 
@@ -103,4 +106,4 @@ def rule(
 
 
 def rules_for(structure: str | None) -> Rule | None:
-    return next((rule for rule in RULES.values() if structure in rule.structures), None)
+    return next((rule for rule in RULES if structure in rule.structures), None)

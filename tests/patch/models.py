@@ -80,7 +80,7 @@ FAMILIES = {
         {"beit": 2},
     ),
     "data2vec-vision": Family(
-        transformers_model("Data2VecVisionConfig", "Data2VecVisionModel", **_VIT), image(), {"data2vec-vision": 2}
+        transformers_model("Data2VecVisionConfig", "Data2VecVisionModel", **_VIT), image(), {"beit": 2}
     ),
     "convnext": Family(
         transformers_model("ConvNextConfig", "ConvNextModel", **_CONV, layer_scale_init_value=0.5), image(), {"convnext": 3}
