@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules import module as torch_module
 
 from .rules import Forward, Leaf, Rule, rules_for
@@ -36,7 +37,22 @@ class Patch:
         # How often the rule's forward ran, and the plain one for which reason.
         self.runs: Counter[str] = Counter()
 
-    def obstacle(self, module: nn.Module) -> str | None:
+    def chosen(self, module: nn.Module) -> Forward:
+        """The forward that runs in this call."""
+        if self.base.forward is not self.decorated:
+            self.runs[f"the forward of {self.base.__name__} was replaced"] += 1
+            return self.base.forward
+        # A compiler fuses the plain formula with its neighbours, a tracer writes it down.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_fx_symbolic_tracing():
+            return self.original
+        # A bound method that somebody has kept comes here after the module got its class back.
+        if patch_of(type(module)) is not self:
+            return self.original
+        reason = self._obstacle(module)
+        self.runs[reason or ""] += 1
+        return self.rule.forward if reason is None else self.original
+
+    def _obstacle(self, module: nn.Module) -> str | None:
         """Why the plain forward must run in this call; None where the rule's may."""
         if not all(self.original.__globals__.get(name) is helper for name, helper in self.helpers):
             return f"a function that {self.base.__name__} calls was replaced"
@@ -108,26 +124,17 @@ def _holds(cell: types.CellType, value: Any) -> bool:
         return False
 
 
-def _make_forward(patch: Patch) -> Forward:
-    base, decorated, original, replaced, runs = patch.base, patch.decorated, patch.original, patch.rule.forward, patch.runs
+def _make_forward(_patch: Patch) -> Forward:
+    original = _patch.original
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if base.forward is not decorated:
-            runs[f"the forward of {base.__name__} was replaced"] += 1
-            return base.forward(self, *args, **kwargs)
-        # A compiler fuses the plain formula with its neighbours, a tracer writes it down.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return original(self, *args, **kwargs)
-        reason = patch.obstacle(self)
-        if reason is not None:
-            runs[reason] += 1
-            return original(self, *args, **kwargs)
-        runs[""] += 1
-        return replaced(self, *args, **kwargs)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _patch.chosen(self)(self, *args, **kwargs)
 
+    # In the library's module, where TorchScript looks for the names in the source that it reads, which is the plain one's.
+    forward = types.FunctionType(call.__code__, original.__globals__, original.__name__, None, call.__closure__)
     forward.__wrapped__ = original  # type: ignore[attr-defined]
     forward.__module__, forward.__qualname__, forward.__doc__ = original.__module__, original.__qualname__, original.__doc__
-    return redecorate(patch.decorated, original, forward)
+    return redecorate(_patch.decorated, original, forward)
 
 
 def patched_class(base: Any, rule: Rule) -> type:
@@ -139,7 +146,8 @@ def patched_class(base: Any, rule: Rule) -> type:
     patch = Patch(rule, base)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        made: Any = super(result, self).__reduce_ex__(protocol)
+        # Older protocols name the class, and no module has it under its name.
+        made: Any = super(result, self).__reduce_ex__(max(protocol, 2))
         if type(self) is result and made[0] is copyreg.__newobj__ and made[1] == (result,):  # type: ignore[attr-defined]
             return (_new, (base,), *made[2:])
         return made
