@@ -61,7 +61,8 @@ class Patch:
 
 def inlined_obstacle(module: nn.Module, rule: Rule) -> str | None:
     """Why the submodules that the rule computes itself are not what it takes them for; None where they are."""
-    if rule.inlines and torch_module._has_any_global_hook():
+    # Who watches all modules sees all values as they are in the plain model, also where nothing is inlined.
+    if torch_module._has_any_global_hook():
         return "a hook on all modules"
     for name, leaves in rule.inlines.items():
         child = module._modules.get(name)
