@@ -222,6 +222,8 @@ def llama(self: Any, hidden_states: Tensor, **keywords: Any) -> Tensor:
 
 _GPT2 = _language(n_embd="width", n_layer="depth", n_head="heads", n_inner="inner")
 _LLAMA = _language(hidden_size="width", num_hidden_layers="depth", num_attention_heads="heads", intermediate_size="inner")
+_EAGER = {"attn_implementation": "eager"}
+_T5 = _language(d_model="width", num_layers="depth", num_heads="heads", d_ff="inner")
 _BEIT = _vit(use_relative_position_bias=True)
 
 FAMILIES = [
@@ -248,6 +250,13 @@ FAMILIES = [
     ),
     Family("Swin", "transformers", _transformers("SwinConfig", "SwinModel", _swin), _image("pixel_values", classic=True)),
     Family("GPT-2", "transformers", _transformers("GPT2Config", "GPT2Model", _GPT2), _tokens, ("GPT2Block", gpt2)),
+    Family(
+        "GPT-2, eager",
+        "transformers",
+        _transformers("GPT2Config", "GPT2Model", lambda scale: _GPT2(scale) | _EAGER),
+        _tokens,
+    ),
+    Family("T5, eager", "transformers", _transformers("T5Config", "T5EncoderModel", lambda scale: _T5(scale) | _EAGER), _tokens),
     Family("Llama", "transformers", _transformers("LlamaConfig", "LlamaModel", _LLAMA), _tokens, ("LlamaDecoderLayer", llama)),
     Family(
         "DeiT III",

@@ -71,7 +71,7 @@ def _obstacle(module: nn.Module, function: object, rule: Rule) -> str | None:
     if is_parametrized(module):
         # Their removal gives the module the class below its own, and takes the parameters' names off its own.
         return "its parameters are parametrized"
-    for reason in (rule.obstacle(function), rule.argument_obstacle(function)):  # type: ignore[arg-type]
+    for reason in (rule.obstacle(function), rule.argument_obstacle(function), rule.wants(module)):  # type: ignore[arg-type]
         if reason is not None:
             return f"it {reason}"
     reason = inlined_obstacle(module, rule) or _quantised(module, rule)

@@ -205,8 +205,22 @@ def _without(cls: Any, patch: Patch) -> Any:
     return type(cls)(cls.__name__, bases, own)
 
 
-def function_of(module: nn.Module, name: str) -> Any:
-    """A function of the library that the plain forward of this patched module calls by its global name."""
+def _original_of(module: nn.Module) -> Forward:
     patch = patch_of(type(module))
     assert patch is not None
-    return patch.original.__globals__[name]
+    return patch.original
+
+
+def function_of(module: nn.Module, name: str) -> Any:
+    """A function of the library that the plain forward of this patched module calls by its global name."""
+    return _original_of(module).__globals__[name]
+
+
+def calling(module: nn.Module, **others: Forward) -> Forward:
+    """The plain forward of this patched module, which meets these functions under the global names of the library's."""
+    original = _original_of(module)
+    # Copied at each call, which takes some microseconds: what else the library's module has may change.
+    globals_ = original.__globals__ | others
+    forward = types.FunctionType(original.__code__, globals_, original.__name__, original.__defaults__, original.__closure__)
+    forward.__kwdefaults__ = original.__kwdefaults__
+    return forward

@@ -56,6 +56,8 @@ class Rule(Known):
     homes: tuple[str, ...] = ()
     inlines: Mapping[str, tuple[Leaf, ...]] = field(default_factory=dict)
     ops: str = ""
+    # What else must be so of a module: why it is not, in words that follow its name; None where it is.
+    wants: Callable[[Any], str | None] = lambda module: None
     forward: Forward = lambda: None
 
     def arguments(self) -> list[inspect.Parameter]:
@@ -84,6 +86,7 @@ def rule(
     ops: str,
     inlines: Mapping[str, Leaf | tuple[Leaf, ...]] | None = None,
     helpers: Mapping[str, tuple[str, ...]] | None = None,
+    wants: Callable[[Any], str | None] = lambda module: None,
 ) -> Callable[[Forward], Forward]:
     """Makes a rule of the forward below it."""
 
@@ -97,6 +100,7 @@ def rule(
                 homes=homes if isinstance(homes, tuple) else (homes,),
                 inlines=leaves,
                 ops=ops,
+                wants=wants,
                 forward=forward,
             )
         )

@@ -12,7 +12,7 @@ from safe_inplace._patch import sources
 from safe_inplace._patch.rules import RULES, rules_for
 from safe_inplace._patch.structure import innermost, structure_of, structure_of_source
 
-from .models import installed
+from .models import ATTENTION_IS_KNOWN, installed
 
 PLAIN = """
 def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -71,9 +71,10 @@ def test_structures_of_functions_without_source():
 
 def test_every_rule_knows_its_home_in_the_installed_libraries(capsys):
     """And the class that it finds there by reading is the one that it finds by importing."""
-    assert main(["check-sources"]) == 0
+    unknown = () if ATTENTION_IS_KNOWN else ("gpt2-attention", "t5-attention")
+    assert main(["check-sources"]) == bool(unknown)
     printed = capsys.readouterr().out
-    for rule in RULES:
+    for rule in (rule for rule in RULES if rule.name not in unknown):
         structures = {structure for version in RULES if version.name == rule.name for structure in version.structures}
         for home in rule.homes:
             library = home.split(".")[0]
