@@ -184,6 +184,14 @@ def _tokens(scale: Scale) -> Inputs:
     return {"input_ids": torch.randint(0, 512, (scale.batch, scale.side**2))}
 
 
+def _long_texts(scale: Scale) -> Inputs:
+    """As many tokens in fewer texts, one of which is shorter: what attention does grows with their length."""
+    made = _tokens(scale.stream(scale.width, 2 * scale.side))
+    mask = torch.ones_like(made["input_ids"])
+    mask[0, -8:] = 0
+    return made | {"attention_mask": mask}
+
+
 def _noise(scale: Scale) -> Inputs:
     shape = (scale.batch, 4, 2 * scale.side, 2 * scale.side)
     return {"hidden_states": torch.randn(shape), "timestep": torch.randint(0, 1000, (scale.batch,))}
@@ -254,9 +262,14 @@ FAMILIES = [
         "GPT-2, eager",
         "transformers",
         _transformers("GPT2Config", "GPT2Model", lambda scale: _GPT2(scale) | _EAGER),
-        _tokens,
+        _long_texts,
     ),
-    Family("T5, eager", "transformers", _transformers("T5Config", "T5EncoderModel", lambda scale: _T5(scale) | _EAGER), _tokens),
+    Family(
+        "T5, eager",
+        "transformers",
+        _transformers("T5Config", "T5EncoderModel", lambda scale: _T5(scale) | _EAGER),
+        _long_texts,
+    ),
     Family("Llama", "transformers", _transformers("LlamaConfig", "LlamaModel", _LLAMA), _tokens, ("LlamaDecoderLayer", llama)),
     Family(
         "DeiT III",
