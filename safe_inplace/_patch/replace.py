@@ -206,9 +206,8 @@ def _without(cls: Any, patch: Patch) -> Any:
 
 
 def _original_of(module: nn.Module) -> Forward:
-    patch = patch_of(type(module))
-    assert patch is not None
-    return patch.original
+    # Not by its patch, which another thread may take off meanwhile.
+    return innermost(type(module).forward)
 
 
 def function_of(module: nn.Module, name: str) -> Any:

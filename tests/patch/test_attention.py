@@ -51,6 +51,18 @@ def test_other_attention_is_refused(config, reason):
     assert patch(model).refused == [("h.0.attn", reason)]
 
 
+def test_an_attention_by_itself():
+    config = transformers.GPT2Config(**GPT2)
+    attention = transformers.models.gpt2.modeling_gpt2.GPT2Attention(config, layer_idx=0).eval()
+    assert config._attn_implementation is None
+    x = torch.randn(2, 5, 24)
+    expected = attention(x)[0]
+    report = patch(attention, strict=True)
+    torch.testing.assert_close(attention(x)[0], expected)
+    counts = report.counts()
+    assert counts["forward.replaced"] == counts["result.taken over"] == 1
+
+
 def test_copies_are_known():
     config = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
     model = transformers_model("MT5Config", "MT5EncoderModel", **config, attn_implementation="eager")()

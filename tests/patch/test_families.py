@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import safe_inplace
+from safe_inplace._patch.replace import patch_of
 from safe_inplace.nn import functional
 
 from ..checks import assert_bit_equal
@@ -191,12 +192,7 @@ def test_a_hook_sees_what_it_sees_unpatched(plain, model, family, train, monkeyp
                 for (value, _), (theirs, _) in zip(seen(model, path, inputs), expected, strict=True):
                     assert_bit_equal(value, theirs)
     hooked = {reason for reason in report.counts() if reason.startswith("forward.plain: a hook on")}
-    inlined = {
-        name
-        for module in model.modules()
-        if (patch := getattr(module, "_safe_inplace_patch", None))
-        for name in patch.rule.inlines
-    }
+    inlined = {name for module in model.modules() if (patch := patch_of(type(module))) for name in patch.rule.inlines}
     assert hooked == {f"forward.plain: a hook on {name}" for name in inlined}
 
 
@@ -230,12 +226,10 @@ def test_hooks_see_equal_bits_up_to_the_first_result_of_an_op(plain, model, fami
     inputs = family.inputs()
     plain.train(train), model.train(train)
     report = safe_inplace.patch(model)
-    inlined = [
-        f"{path}.{name}".removeprefix(".")
-        for path, module in model.named_modules()
-        if (patch := getattr(module, "_safe_inplace_patch", None))
-        for name in patch.rule.inlines
-    ]
+    rules = {path: patch.rule for path, module in model.named_modules() if (patch := patch_of(type(module)))}
+    inlined = [f"{path}.{name}".removeprefix(".") for path, rule in rules.items() for name in rule.inlines]
+    # A sum is rounded as torch's; the product of a dropped path goes into it.
+    sums = not train and all(rule.ops == "add, add" for rule in rules.values())
     paths = [path for path, _ in model.named_modules() if not any(f"{path}.".startswith(f"{name}.") for name in inlined)]
     expected = sorted(all_that_hooks_see(plain, paths, inputs), key=lambda call: call[0])
     calls = sorted(all_that_hooks_see(model, paths, inputs), key=lambda call: call[0])
@@ -246,7 +240,7 @@ def test_hooks_see_equal_bits_up_to_the_first_result_of_an_op(plain, model, fami
         assert len(values) == len(theirs)
         for value, other in zip(values, theirs, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
-            if made == 0:
+            if made == 0 or sums:
                 assert_bit_equal(value, other)
                 compared += 1
     assert compared > 1

@@ -21,7 +21,8 @@ _MODELS = "transformers.models"
 
 def _is_eager(module: Any) -> str | None:
     attention = module.config._attn_implementation
-    if attention != "eager":
+    # None is what an attention that is made by itself has: then the interface returns the eager one.
+    if attention not in ("eager", None):
         return f"attends by {attention}: only eager attention has sums of its own"
     if getattr(module, "reorder_and_upcast_attn", False):
         return "computes its scores in float32, in another way"
