@@ -36,6 +36,7 @@ class Patch:
         self.helpers = tuple(zip(rule.helpers, rule.called_by(self.original), strict=True))
         # How often the rule's forward ran, and the plain one for which reason.
         self.runs: Counter[str] = Counter()
+        self._calling: types.FunctionType | None = None
 
     def chosen(self, module: nn.Module) -> Forward:
         """The forward that runs in this call."""
@@ -51,6 +52,19 @@ class Patch:
         reason = self._obstacle(module)
         self.runs[reason or ""] += 1
         return self.rule.forward if reason is None else self.original
+
+    def calling(self, others: dict[str, Forward]) -> Forward:
+        """The plain forward among other globals."""
+        original = self.original
+        globals_ = original.__globals__ | others
+        if self._calling is None:
+            self._calling = types.FunctionType(
+                original.__code__, globals_, original.__name__, original.__defaults__, original.__closure__
+            )
+            self._calling.__kwdefaults__ = original.__kwdefaults__
+        # What else the library's module has may have changed. The function stays, and with it what the interpreter knows of it.
+        self._calling.__globals__.update(globals_)
+        return self._calling
 
     def _obstacle(self, module: nn.Module) -> str | None:
         """Why the plain forward must run in this call; None where the rule's may."""
@@ -205,21 +219,13 @@ def _without(cls: Any, patch: Patch) -> Any:
     return type(cls)(cls.__name__, bases, own)
 
 
-def _original_of(module: nn.Module) -> Forward:
-    # Not by its patch, which another thread may take off meanwhile.
-    return innermost(type(module).forward)
-
-
 def function_of(module: nn.Module, name: str) -> Any:
     """A function of the library that the plain forward of this patched module calls by its global name."""
-    return _original_of(module).__globals__[name]
+    # Not by its patch, which another thread may take off meanwhile.
+    return innermost(type(module).forward).__globals__[name]
 
 
 def calling(module: nn.Module, **others: Forward) -> Forward:
-    """The plain forward of this patched module, which meets these functions under the global names of the library's."""
-    original = _original_of(module)
-    # Copied at each call, which takes some microseconds: what else the library's module has may change.
-    globals_ = original.__globals__ | others
-    forward = types.FunctionType(original.__code__, globals_, original.__name__, original.__defaults__, original.__closure__)
-    forward.__kwdefaults__ = original.__kwdefaults__
-    return forward
+    """The plain forward of this patched module, which meets these functions, the same at each call, under the library's names."""
+    patch = patch_of(type(module))
+    return innermost(type(module).forward) if patch is None else patch.calling(others)
