@@ -25,9 +25,9 @@ html_show_sourcelink = False
 html_copy_source = False
 
 CONTENTS = {
-    "Use": ["docs/guard", "docs/run", "docs/patch", "docs/api"],
-    "Trust": ["docs/testing"],
-    "Build": ["docs/design", "docs/cuda", "docs/adding-a-backend", "CONTRIBUTING", "CHANGELOG"],
+    "Use": ["docs/in-place", "docs/ops", "docs/guard", "docs/run", "docs/patch", "docs/engines", "docs/performance", "docs/api"],
+    "Trust": ["docs/safety", "docs/testing"],
+    "Build": ["docs/building", "docs/design", "docs/cuda", "docs/adding-a-backend", "CONTRIBUTING", "CHANGELOG"],
     "Results": ["benchmarks/results/README", "benchmarks/results/models/README"],
 }
 

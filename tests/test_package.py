@@ -1,4 +1,4 @@
-"""The package as a user meets it: the command, the errors of an import that cannot work, the README's code."""
+"""The package as a user meets it: the command, the errors of an import that cannot work, the README's table."""
 
 import os
 import re
@@ -85,17 +85,6 @@ def test_import_under_another_python_names_both(package_copy):
         extension.rename(package_copy / "_C.cpython-310-x86_64-linux-gnu.so")
     message = import_error(package_copy)
     assert message.startswith("ImportError: ") and f"this is Python {sys.version_info.major}.{sys.version_info.minor}" in message
-
-
-def readme_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-
-
-def test_the_code_of_the_readme_runs():
-    names: dict[str, object] = {}
-    for block in readme_blocks():
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["x"].grad.shape == names["x"].shape
 
 
 def test_the_table_of_the_readme_lists_the_ops():
