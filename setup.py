@@ -299,7 +299,8 @@ def build_arguments() -> dict:
 
 def description() -> str:
     """README.md as a package index shows it, without the repository beside it: a link to a file of the repository leads to where
-    `project.urls.Repository` of pyproject.toml says that it is. Where nothing is said there, its text stays, of a picture the words."""
+    `project.urls.Repository` of pyproject.toml says that it is. Where nothing is said there, the text of the link stays, and of
+    a picture its words."""
     repository = PROJECT.get("urls", {}).get("Repository", "").removesuffix("/")
 
     def elsewhere(link: re.Match[str]) -> str:
