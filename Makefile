@@ -103,7 +103,7 @@ docs: $(BUILT) $(call extra,docs)
 # what is freed stays resident for a while.
 SANITIZER ?= address,undefined
 SANITIZED := build/sanitize-$(KEY)/$(SANITIZER)
-TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks.py compile.py docs.py examples.py large_pages.py package.py), \
+TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks.py compile.py docs.py examples.py large_pages.py package.py pages.py), \
 	$(wildcard tests/test_*.py)) $(addprefix tests/programs/,test_forward.py test_backward.py) \
 	$(addprefix tests/guard/,test_guard.py test_bugs.py test_torch_features.py)
 # Each access checked by a call: the files full of vectors compile in little more than half the time.

@@ -297,8 +297,27 @@ def build_arguments() -> dict:
     return {"ext_modules": [shipped], "cmdclass": {"build_ext": build_ext, "build_test_extensions": build_test_extensions}}
 
 
+def description() -> str:
+    """README.md as a package index shows it, without the repository beside it: a link to a file of the repository leads to where
+    `project.urls.Repository` of pyproject.toml says that it is. Where nothing is said there, the text of the link stays, and of
+    a picture its words."""
+    repository = PROJECT.get("urls", {}).get("Repository", "").removesuffix("/")
+
+    def elsewhere(link: re.Match[str]) -> str:
+        picture, text, target = link.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return link[0]
+        if repository:
+            return f"{picture}[{text}]({repository}/{'raw' if picture else 'blob'}/HEAD/{target})"
+        return f"*{text}*" if picture else text
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", elsewhere, (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+ABOUT = {"license": "BSD-3-Clause", "long_description": description(), "long_description_content_type": "text/markdown"}
+
 # An sdist and the metadata can be made without torch and without a compiler.
 if {"build", "build_ext", "build_test_extensions", "bdist_wheel", "editable_wheel", "develop", "install"} & set(sys.argv):
-    setup(license="BSD-3-Clause", **build_arguments())
+    setup(**ABOUT, **build_arguments())
 else:
-    setup(license="BSD-3-Clause", ext_modules=[Extension("safe_inplace._C", sources(*CORE))])
+    setup(**ABOUT, ext_modules=[Extension("safe_inplace._C", sources(*CORE))])

@@ -22,12 +22,13 @@ html_title = project
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
+html_show_copyright = False
 html_copy_source = False
 
 CONTENTS = {
-    "Use": ["docs/guard", "docs/run", "docs/patch", "docs/api"],
-    "Trust": ["docs/testing"],
-    "Build": ["docs/design", "docs/cuda", "docs/adding-a-backend", "CONTRIBUTING", "CHANGELOG"],
+    "Use": ["docs/in-place", "docs/ops", "docs/guard", "docs/run", "docs/patch", "docs/engines", "docs/performance", "docs/api"],
+    "Trust": ["docs/safety", "docs/testing"],
+    "Build": ["docs/building", "docs/design", "docs/cuda", "docs/adding-a-backend", "CONTRIBUTING", "CHANGELOG"],
     "Results": ["benchmarks/results/README", "benchmarks/results/models/README"],
 }
 

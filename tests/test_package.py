@@ -1,4 +1,4 @@
-"""The package as a user meets it: the command, the errors of an import that cannot work, the README's code."""
+"""The package as a user meets it: the command, the errors of an import that cannot work, the README's table."""
 
 import os
 import re
@@ -87,20 +87,49 @@ def test_import_under_another_python_names_both(package_copy):
     assert message.startswith("ImportError: ") and f"this is Python {sys.version_info.major}.{sys.version_info.minor}" in message
 
 
-def readme_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-
-
-def test_the_code_of_the_readme_runs():
-    names: dict[str, object] = {}
-    for block in readme_blocks():
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["x"].grad.shape == names["x"].shape
-
-
 def test_the_table_of_the_readme_lists_the_ops():
     listed = re.findall(r"^\| `(\w+_)\(input, ", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert listed == [row["names"][0] for row in safe_inplace._C.op_table()]
+
+
+class TestDescription:
+    """README.md as a package index shows it, where no file of the repository lies beside it."""
+
+    LINK = re.compile(r"!?\[[^\]]*\]\(([^)]*)\)")
+
+    def description(self, folder: Path, repository: str = "") -> str:
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, folder)
+        (folder / "safe_inplace").mkdir()
+        (folder / "safe_inplace" / "__init__.py").write_text("__version__ = '0'")
+        if repository:
+            with (folder / "pyproject.toml").open("a") as file:
+                file.write(f'\n[project.urls]\nRepository = "{repository}"\n')
+        done = subprocess.run(
+            [sys.executable, "setup.py", "egg_info"], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        (information,) = folder.glob("*.egg-info/PKG-INFO")
+        head, _, text = information.read_text().partition("\n\n")
+        assert "Description-Content-Type: text/markdown" in head
+        return text
+
+    def test_no_link_leads_to_a_file_that_is_not_there(self, tmp_path):
+        text = self.description(tmp_path)
+        targets = self.LINK.findall(text)
+        assert targets and all(re.match("[a-z]+:|#", target) for target in targets)
+        readme = (ROOT / "README.md").read_text()
+        files = [target for target in self.LINK.findall(readme) if not re.match("[a-z]+:|#", target)]
+        assert len(files) > 5 and all((ROOT / target.partition("#")[0]).is_file() for target in files)
+        # Nothing else has changed.
+        assert re.findall(r"^(?:#|    |```).*$", text, re.MULTILINE) == re.findall(r"^(?:#|    |```).*$", readme, re.MULTILINE)
+
+    def test_links_lead_to_the_repository_that_is_named(self, tmp_path):
+        text = self.description(tmp_path, "https://forge.example/us/safe_inplace")
+        assert "[docs/guard.md](https://forge.example/us/safe_inplace/blob/HEAD/docs/guard.md)" in text
+        assert "](https://forge.example/us/safe_inplace/raw/HEAD/docs/first-look.png)" in text
+        assert "[in the program](#guard)" in text
+        assert all(re.match("https:|#", target) for target in self.LINK.findall(text))
 
 
 class TestBuildThatCannotBeDone:
