@@ -125,6 +125,14 @@ with torch._C._DisableTorchDispatch():
         assert result.returncode == 0, result.stderr
 
 
+def test_make_says_what_each_target_does():
+    text = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", text, re.MULTILINE)
+    said = subprocess.run(["make", "-s", "-C", ROOT], capture_output=True, text=True, timeout=60).stdout
+    targets = re.findall(r"^make (\S+) {2,}\S", said, re.MULTILINE)
+    assert sorted(targets) == sorted(set(phony.split()) - {"help", "again"})
+
+
 def readme_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
