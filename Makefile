@@ -3,6 +3,7 @@
 # make bench        the benchmarks, side by side with torch: the short set
 # make bench-full   every size, layout, dtype and mode: hours
 # make lint         ruff, mypy and clang-format
+# make docs         the pages and the API as a site in build/docs, with every link checked
 # make sanitize     the core under AddressSanitizer and UndefinedBehaviorSanitizer
 # make clean        what was built is removed; the environments in .venv/ stay
 #
@@ -61,7 +62,7 @@ SOURCES := setup.py $(shell find csrc -type f) $(wildcard tests/simulator/*.cpp 
 # What the tests need, and what they need besides with this torch, where pyproject.toml has an extra named after it.
 TEST_EXTRAS := test demo $(shell sed -nE 's/^"(test-$(KEY))" = .*/\1/p' pyproject.toml)
 
-.PHONY: help test demo bench bench-full lint sanitize clean again
+.PHONY: help test demo bench bench-full lint docs sanitize clean again
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -95,6 +96,14 @@ lint: $(BUILT) $(call extra,lint)
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror $(CPP_FILES)
+
+SITE := build/docs
+docs: $(BUILT) $(call extra,docs)
+	$(call say,the site of docs/ in $(SITE); a broken link or an unknown name is an error)
+	@rm -rf $(SITE)
+	@$(PY) -m sphinx -W --keep-going -q -d build/doctrees -E -c docs . $(SITE)
+	@cp $(SITE)/README.html $(SITE)/index.html
+	@$(PY) docs/check_site.py $(SITE)
 
 # Built in a copy of the tree, so that the extension of the other targets stays. What is left out starts compilers, other
 # interpreters or builds of its own, reads the docs, or asks the system for memory in a way that the sanitizer answers otherwise:

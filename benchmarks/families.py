@@ -184,6 +184,14 @@ def _tokens(scale: Scale) -> Inputs:
     return {"input_ids": torch.randint(0, 512, (scale.batch, scale.side**2))}
 
 
+def _long_texts(scale: Scale) -> Inputs:
+    """As many tokens in fewer texts, one of which is shorter: what attention does grows with their length."""
+    made = _tokens(scale.stream(scale.width, 2 * scale.side))
+    mask = torch.ones_like(made["input_ids"])
+    mask[0, -8:] = 0
+    return made | {"attention_mask": mask}
+
+
 def _noise(scale: Scale) -> Inputs:
     shape = (scale.batch, 4, 2 * scale.side, 2 * scale.side)
     return {"hidden_states": torch.randn(shape), "timestep": torch.randint(0, 1000, (scale.batch,))}
@@ -222,6 +230,8 @@ def llama(self: Any, hidden_states: Tensor, **keywords: Any) -> Tensor:
 
 _GPT2 = _language(n_embd="width", n_layer="depth", n_head="heads", n_inner="inner")
 _LLAMA = _language(hidden_size="width", num_hidden_layers="depth", num_attention_heads="heads", intermediate_size="inner")
+_EAGER = {"attn_implementation": "eager"}
+_T5 = _language(d_model="width", num_layers="depth", num_heads="heads", d_ff="inner")
 _BEIT = _vit(use_relative_position_bias=True)
 
 FAMILIES = [
@@ -248,6 +258,18 @@ FAMILIES = [
     ),
     Family("Swin", "transformers", _transformers("SwinConfig", "SwinModel", _swin), _image("pixel_values", classic=True)),
     Family("GPT-2", "transformers", _transformers("GPT2Config", "GPT2Model", _GPT2), _tokens, ("GPT2Block", gpt2)),
+    Family(
+        "GPT-2, eager",
+        "transformers",
+        _transformers("GPT2Config", "GPT2Model", lambda scale: _GPT2(scale) | _EAGER),
+        _long_texts,
+    ),
+    Family(
+        "T5, eager",
+        "transformers",
+        _transformers("T5Config", "T5EncoderModel", lambda scale: _T5(scale) | _EAGER),
+        _long_texts,
+    ),
     Family("Llama", "transformers", _transformers("LlamaConfig", "LlamaModel", _LLAMA), _tokens, ("LlamaDecoderLayer", llama)),
     Family(
         "DeiT III",

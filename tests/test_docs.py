@@ -1,7 +1,11 @@
-"""The page of tests names every file of them, and no other."""
+"""What the pages say is so: the page of tests names every file of them, and no other; links lead somewhere."""
 
 import re
 from pathlib import Path
+
+import pytest
+
+from docs import check_site
 
 TESTS = Path(__file__).parent
 
@@ -13,3 +17,45 @@ def test_the_page_of_tests_names_every_file():
     assert all(path.exists() for path in named)
     files = {path for path in TESTS.rglob("*.py") if path.name != "__init__.py"}
     assert {path for path in files if not named & {path, *path.parents}} == set()
+
+
+class TestWhatIsLookedAtInTheSite:
+    """`make docs` makes it, and python docs/check_site.py looks at what Sphinx does not."""
+
+    PAGE = '<html><head><link rel="stylesheet" href="sheet.css"></head><body><h1 id="top">A page</h1>{}</body></html>'
+
+    def problems(self, site: Path, body: str = "", sheet: str = "") -> list[str]:
+        (site / "folder").mkdir(exist_ok=True)
+        (site / "sheet.css").write_text(sheet)
+        (site / "index.html").write_text(self.PAGE.format(body))
+        (site / "folder" / "other.html").write_text('<a id="here" href="../index.html#top">back</a>')
+        return check_site.problems(site)
+
+    def test_links_that_are_there(self, tmp_path):
+        links = ("folder/other.html#here", "#top", "https://semver.org/#x", "mailto:a@b")
+        body = "".join(f'<a href="{link}"></a>' for link in links) + '<img src="data:image/png;base64,AA">'
+        assert self.problems(tmp_path, body, "p {background: url(data:image/png;x)}") == []
+
+    @pytest.mark.parametrize(
+        "body, problem",
+        [
+            ('<a href="folder/nothing.html">', "index.html: folder/nothing.html is not there"),
+            ('<a href="folder/">', "index.html: folder/ is not there"),
+            ('<img src="plot.png">', "index.html: plot.png is not there"),
+            ('<a href="#bottom">', "index.html: #bottom has no such anchor"),
+            ('<a href="folder/other.html#there">', "index.html: folder/other.html#there has no such anchor"),
+            ('<script src="https://cdn.net/x.js">', "index.html: loads https://cdn.net/x.js from another host"),
+            ('<link rel="preload" href="//cdn.net/x">', "index.html: loads //cdn.net/x from another host"),
+            ('<img src="http://cdn.net/x.png">', "index.html: loads http://cdn.net/x.png from another host"),
+            ('<p style="background: url(//cdn.net/x)">', "index.html: loads //cdn.net/x from another host"),
+        ],
+    )
+    def test_links_that_are_not(self, tmp_path, body, problem):
+        assert self.problems(tmp_path, body) == [problem]
+
+    @pytest.mark.parametrize("rule", ['@import "https://cdn.net/x"', "p {src: url('https://cdn.net/x')}"])
+    def test_stylesheets(self, tmp_path, rule):
+        assert self.problems(tmp_path, sheet=rule) == ["sheet.css: loads https://cdn.net/x from another host"]
+
+    def test_no_page_at_all(self, tmp_path):
+        assert check_site.problems(tmp_path) == [f"{tmp_path}: no page"]

@@ -84,8 +84,8 @@ class guard(Judge):
     A guard holds for the thread that entered it, and for the backward that this thread starts. What was saved under it is
     checked in backward wherever that runs. Guards nest; the innermost decides.
 
-    ``hazards`` lists what was found, one :class:`Hazard` per pair of lines; ``hazards_seen`` and ``bytes_copied`` are the
-    totals.
+    ``hazards`` lists what was found, one per pair of lines, with the fields of :class:`HazardError` and how often it was met,
+    ``count``; ``hazards_seen`` and ``bytes_copied`` are the totals.
 
     As a decorator: ``@guard``, ``@guard("copy")``.
 

@@ -44,7 +44,7 @@ def patch(model: nn.Module, only: Iterable[str] | None = None, strict: bool = Fa
         strict: raise where anything that looks like a known block could not be replaced, or where nothing could.
 
     Returns:
-        A report: printed, it says what was replaced, what not and why; ``counts()`` what happened since; ``restore()`` undoes it.
+        A report. Printed, it says what was replaced, what not and why; ``counts()`` what happened since; ``restore()`` undoes it.
 
     Raises:
         PatchError: with ``strict``, before anything is replaced.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .leaves import TELLING
 from .replace import inlined_obstacle, patch_of, patched_class
@@ -67,7 +68,10 @@ def _obstacle(module: nn.Module, function: object, rule: Rule) -> str | None:
     own = module.__dict__.get("forward")
     if own is not None:
         return f"the forward of this instance was replaced{_origin(own)}"
-    for reason in (rule.obstacle(function), rule.argument_obstacle(function)):  # type: ignore[arg-type]
+    if is_parametrized(module):
+        # Their removal gives the module the class below its own, and takes the parameters' names off its own.
+        return "its parameters are parametrized"
+    for reason in (rule.obstacle(function), rule.argument_obstacle(function), rule.wants(module)):  # type: ignore[arg-type]
         if reason is not None:
             return f"it {reason}"
     reason = inlined_obstacle(module, rule) or _quantised(module, rule)
@@ -84,8 +88,11 @@ def _quantised(module: nn.Module, rule: Rule) -> str | None:
     for name in ("", *rule.inlines):
         owner = module._modules[name] if name else module
         for key, value in owner.named_parameters(recurse=False):  # type: ignore[union-attr]
-            if not (value.is_floating_point() and _is_plain(value)):
-                return f"{f'{name}.{key}' if name else key} is a quantised {type(value).__name__} of {value.dtype}"
+            path = f"{name}.{key}" if name else key
+            if not value.is_floating_point():
+                return f"{path} is quantised: numbers of {value.dtype}"
+            if not _is_plain(value):
+                return f"{path} is a {type(value).__name__}, which may be quantised"
     return None
 
 
@@ -118,7 +125,7 @@ _TELLING = {structure for leaf in TELLING for structure in leaf.structures}
 
 def _is_home(cls: type) -> bool:
     library = cls.__module__.split(".")[0]
-    homes = (home for rule in RULES.values() for home in rule.homes)
+    homes = (home for rule in RULES for home in rule.homes)
     return any(home.split(".")[0] == library and home.rsplit(".", 1)[1] == cls.__name__ for home in homes)
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules import module as torch_module
 
-from .rules import RULES, Forward, Leaf, Rule
-from .structure import innermost
+from .rules import Forward, Leaf, Rule, rules_for
+from .structure import innermost, structure_of
 
-_classes: weakref.WeakValueDictionary[tuple[type, Forward, str], type] = weakref.WeakValueDictionary()
+_classes: weakref.WeakValueDictionary[tuple[type, Forward, Rule], type] = weakref.WeakValueDictionary()
 
 # Of a function and the leaves that it may be: the functions that it calls, as they were when it was found to be one of them.
 _verified: dict[tuple[Forward, tuple[Leaf, ...]], tuple[tuple[str, Any], ...]] = {}
@@ -36,7 +37,22 @@ class Patch:
         # How often the rule's forward ran, and the plain one for which reason.
         self.runs: Counter[str] = Counter()
 
-    def obstacle(self, module: nn.Module) -> str | None:
+    def chosen(self, module: nn.Module) -> Forward:
+        """The forward that runs in this call."""
+        if self.base.forward is not self.decorated:
+            self.runs[f"the forward of {self.base.__name__} was replaced"] += 1
+            return self.base.forward
+        # A compiler fuses the plain formula with its neighbours, a tracer writes it down.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_fx_symbolic_tracing():
+            return self.original
+        # A bound method that somebody has kept comes here after the module got its class back.
+        if patch_of(type(module)) is not self:
+            return self.original
+        reason = self._obstacle(module)
+        self.runs[reason or ""] += 1
+        return self.rule.forward if reason is None else self.original
+
+    def _obstacle(self, module: nn.Module) -> str | None:
         """Why the plain forward must run in this call; None where the rule's may."""
         if not all(self.original.__globals__.get(name) is helper for name, helper in self.helpers):
             return f"a function that {self.base.__name__} calls was replaced"
@@ -45,7 +61,8 @@ class Patch:
 
 def inlined_obstacle(module: nn.Module, rule: Rule) -> str | None:
     """Why the submodules that the rule computes itself are not what it takes them for; None where they are."""
-    if rule.inlines and torch_module._has_any_global_hook():
+    # Who watches all modules sees all values as they are in the plain model, also where nothing is inlined.
+    if torch_module._has_any_global_hook():
         return "a hook on all modules"
     for name, leaves in rule.inlines.items():
         child = module._modules.get(name)
@@ -108,40 +125,32 @@ def _holds(cell: types.CellType, value: Any) -> bool:
         return False
 
 
-def _make_forward(patch: Patch) -> Forward:
-    base, decorated, original, replaced, runs = patch.base, patch.decorated, patch.original, patch.rule.forward, patch.runs
+def _make_forward(_patch: Patch) -> Forward:
+    original = _patch.original
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if base.forward is not decorated:
-            runs[f"the forward of {base.__name__} was replaced"] += 1
-            return base.forward(self, *args, **kwargs)
-        # A compiler fuses the plain formula with its neighbours, a tracer writes it down.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return original(self, *args, **kwargs)
-        reason = patch.obstacle(self)
-        if reason is not None:
-            runs[reason] += 1
-            return original(self, *args, **kwargs)
-        runs[""] += 1
-        return replaced(self, *args, **kwargs)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _patch.chosen(self)(self, *args, **kwargs)
 
+    # In the library's module, where TorchScript looks for the names in the source that it reads, which is the plain one's.
+    forward = types.FunctionType(call.__code__, original.__globals__, original.__name__, None, call.__closure__)
     forward.__wrapped__ = original  # type: ignore[attr-defined]
     forward.__module__, forward.__qualname__, forward.__doc__ = original.__module__, original.__qualname__, original.__doc__
-    return redecorate(patch.decorated, original, forward)
+    return redecorate(_patch.decorated, original, forward)
 
 
 def patched_class(base: Any, rule: Rule) -> type:
     """The class of an instance of `base` that runs the rule's forward. Raises TypeError where there can be none."""
-    key = (base, base.forward, rule.name)
+    key = (base, base.forward, rule)
     known = _classes.get(key)
     if known is not None:
         return known
     patch = Patch(rule, base)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        made: Any = super(result, self).__reduce_ex__(protocol)
+        # Older protocols name the class, and no module has it under its name.
+        made: Any = super(result, self).__reduce_ex__(max(protocol, 2))
         if type(self) is result and made[0] is copyreg.__newobj__ and made[1] == (result,):  # type: ignore[attr-defined]
-            return (_new, (base, rule.name), *made[2:])
+            return (_new, (base,), *made[2:])
         return made
 
     namespace = {
@@ -157,10 +166,11 @@ def patched_class(base: Any, rule: Rule) -> type:
     return result
 
 
-def _new(base: Any, name: str) -> Any:
-    """An instance, unpickled. The library may be another version here: then it is a plain one."""
-    rule = RULES.get(name)
-    if rule is None or rule.obstacle(innermost(base.forward)) or rule.argument_obstacle(base.forward):
+def _new(base: Any) -> Any:
+    """An instance, unpickled. The library may be another version here: then another rule's, or a plain one."""
+    function = innermost(base.forward)
+    rule = rules_for(structure_of(function))
+    if rule is None or rule.obstacle(function) or rule.argument_obstacle(function):
         return base.__new__(base)
     return base.__new__(patched_class(base, rule))
 
@@ -195,8 +205,21 @@ def _without(cls: Any, patch: Patch) -> Any:
     return type(cls)(cls.__name__, bases, own)
 
 
+def _original_of(module: nn.Module) -> Forward:
+    # Not by its patch, which another thread may take off meanwhile.
+    return innermost(type(module).forward)
+
+
 def function_of(module: nn.Module, name: str) -> Any:
     """A function of the library that the plain forward of this patched module calls by its global name."""
-    patch = patch_of(type(module))
-    assert patch is not None
-    return patch.original.__globals__[name]
+    return _original_of(module).__globals__[name]
+
+
+def calling(module: nn.Module, **others: Forward) -> Forward:
+    """The plain forward of this patched module, which meets these functions under the global names of the library's."""
+    original = _original_of(module)
+    # Copied at each call, which takes some microseconds: what else the library's module has may change.
+    globals_ = original.__globals__ | others
+    forward = types.FunctionType(original.__code__, globals_, original.__name__, original.__defaults__, original.__closure__)
+    forward.__kwdefaults__ = original.__kwdefaults__
+    return forward

@@ -50,11 +50,14 @@ IDENTITY = Leaf(("86f79cd83044",), name="Identity")
 
 @dataclass(frozen=True, eq=False)
 class Rule(Known):
+    # Of the family: the forwards that a block has in other releases have rules of the same name.
     name: str = ""
     # The classes that it was written from, the first of each library: "package.module.Class".
     homes: tuple[str, ...] = ()
     inlines: Mapping[str, tuple[Leaf, ...]] = field(default_factory=dict)
     ops: str = ""
+    # What else must be so of a module: why it is not, in words that follow its name; None where it is.
+    wants: Callable[[Any], str | None] = lambda module: None
     forward: Forward = lambda: None
 
     def arguments(self) -> list[inspect.Parameter]:
@@ -73,7 +76,7 @@ def _arguments(function: Forward) -> list[inspect.Parameter]:
     return list(inspect.signature(innermost(function), follow_wrapped=False).parameters.values())
 
 
-RULES: dict[str, Rule] = {}
+RULES: list[Rule] = []
 
 
 def rule(
@@ -83,19 +86,23 @@ def rule(
     ops: str,
     inlines: Mapping[str, Leaf | tuple[Leaf, ...]] | None = None,
     helpers: Mapping[str, tuple[str, ...]] | None = None,
+    wants: Callable[[Any], str | None] = lambda module: None,
 ) -> Callable[[Forward], Forward]:
     """Makes a rule of the forward below it."""
 
     def register(forward: Forward) -> Forward:
         leaves = {path: leaf if isinstance(leaf, tuple) else (leaf,) for path, leaf in (inlines or {}).items()}
-        RULES[name] = Rule(
-            structures=structures,
-            helpers=helpers or {},
-            name=name,
-            homes=homes if isinstance(homes, tuple) else (homes,),
-            inlines=leaves,
-            ops=ops,
-            forward=forward,
+        RULES.append(
+            Rule(
+                structures=structures,
+                helpers=helpers or {},
+                name=name,
+                homes=homes if isinstance(homes, tuple) else (homes,),
+                inlines=leaves,
+                ops=ops,
+                wants=wants,
+                forward=forward,
+            )
         )
         return forward
 
@@ -103,4 +110,4 @@ def rule(
 
 
 def rules_for(structure: str | None) -> Rule | None:
-    return next((rule for rule in RULES.values() if structure in rule.structures), None)
+    return next((rule for rule in RULES if structure in rule.structures), None)

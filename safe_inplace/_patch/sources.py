@@ -61,7 +61,7 @@ def _argument_names(node: Function) -> tuple[str, ...]:
 def structures_in(folder: Path) -> dict[str, list[str]]:
     """Of each structure of a forward whose arguments have the names of a rule's: the names of the classes that have it."""
     classes: dict[str, list[str]] = defaultdict(list)
-    wanted = {tuple(argument.name for argument in rule.arguments()) for rule in RULES.values()}
+    wanted = {tuple(argument.name for argument in rule.arguments()) for rule in RULES}
     for path in sorted(folder.rglob("*.py")):
         # A modular file of transformers is what a modeling file is made from.
         source = "" if path.name.startswith("modular_") else path.read_text(encoding="utf-8")
@@ -83,16 +83,18 @@ def structure_at(name: str) -> str | None:
 def _library(library: str, folder: Path) -> tuple[list[str], bool]:
     classes = structures_in(folder)
     lines, known = [f"{library} {importlib.metadata.version(library)}"], True
-    for rule in RULES.values():
-        names = list(dict.fromkeys(name for structure in rule.structures for name in classes.get(structure, [])))
-        homes = [home for home in rule.homes if home.startswith(f"{library}.")]
+    for family in dict.fromkeys(rule.name for rule in RULES):
+        rules = [rule for rule in RULES if rule.name == family]
+        structures = [structure for rule in rules for structure in rule.structures]
+        names = list(dict.fromkeys(name for structure in structures for name in classes.get(structure, [])))
+        homes = dict.fromkeys(home for rule in rules for home in rule.homes if home.startswith(f"{library}."))
         if not names and not homes:
             continue
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        lines.append(f"  {rule.name:<24} {shown or '-'}")
+        lines.append(f"  {family:<24} {shown or '-'}")
         for home in homes:
             structure = structure_at(home)
-            if structure not in rule.structures:
+            if structure not in structures:
                 known = False
                 lines.append(f"  {'':<24} {home} " + (f"is not known: structure {structure}" if structure else "is not there"))
     return lines, known

@@ -57,7 +57,7 @@ def scaled_residual(
             dimensions differently in memory, the result follows the first.
 
     Returns:
-        A tensor of the broadcast shape and the promoted dtype: under autocast that of the stream.
+        A tensor of the broadcast shape and the promoted dtype, which under autocast is that of the stream.
 
     Saved for backward: ``gamma``, and ``branch`` if ``gamma`` needs a gradient.
 

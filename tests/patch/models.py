@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ FAMILIES = {
         {"beit": 2},
     ),
     "data2vec-vision": Family(
-        transformers_model("Data2VecVisionConfig", "Data2VecVisionModel", **_VIT), image(), {"data2vec-vision": 2}
+        transformers_model("Data2VecVisionConfig", "Data2VecVisionModel", **_VIT), image(), {"beit": 2}
     ),
     "convnext": Family(
         transformers_model("ConvNextConfig", "ConvNextModel", **_CONV, layer_scale_init_value=0.5), image(), {"convnext": 3}
@@ -108,6 +109,30 @@ FAMILIES = {
 
 def installed(*names: str) -> bool:
     return all(importlib.util.find_spec(name) for name in names)
+
+
+def _words() -> dict[str, Any]:
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    return {"input_ids": torch.randint(0, 50, (3, 7)), "attention_mask": mask}
+
+
+_GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 2, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+
+# Older releases have other attentions, which no rule knows.
+ATTENTION_IS_KNOWN = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2])) >= (5, 24)
+
+if ATTENTION_IS_KNOWN:
+    eager = {"attn_implementation": "eager", "use_cache": False}
+    FAMILIES |= {
+        "gpt2-eager": Family(transformers_model("GPT2Config", "GPT2Model", **_GPT2, **eager), _words, {"gpt2-attention": 2}),
+        "t5-eager": Family(
+            transformers_model("T5Config", "T5Model", **_T5, **eager),
+            lambda: _words() | {"decoder_input_ids": torch.randint(0, 50, (3, 5))},
+            {"t5-attention": 3},
+        ),
+    }
 
 
 # timm needs torchvision, which there is not for every torch.

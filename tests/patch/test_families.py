@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import safe_inplace
+from safe_inplace._patch.replace import patch_of
 from safe_inplace.nn import functional
 
 from ..checks import assert_bit_equal
@@ -191,13 +192,81 @@ def test_a_hook_sees_what_it_sees_unpatched(plain, model, family, train, monkeyp
                 for (value, _), (theirs, _) in zip(seen(model, path, inputs), expected, strict=True):
                     assert_bit_equal(value, theirs)
     hooked = {reason for reason in report.counts() if reason.startswith("forward.plain: a hook on")}
-    inlined = {
-        name
-        for module in model.modules()
-        if (patch := getattr(module, "_safe_inplace_patch", None))
-        for name in patch.rule.inlines
-    }
+    inlined = {name for module in model.modules() if (patch := patch_of(type(module))) for name in patch.rule.inlines}
     assert hooked == {f"forward.plain: a hook on {name}" for name in inlined}
+
+
+def results():
+    """How many results the ops have made."""
+    return sum(times for name, times in safe_inplace.counts().items() if name.startswith("result."))
+
+
+def all_that_hooks_see(model, paths, inputs):
+    """Of each call of these submodules, in their order: the path, what came out, and how many results of the ops came before."""
+    calls, before = [], results()
+
+    def keep(path):
+        def hook(module, args, output):
+            outputs = output if isinstance(output, tuple) else (output,)
+            values = [value.detach().clone() for value in outputs if isinstance(value, torch.Tensor)]
+            calls.append((path, values, results() - before))
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    torch.manual_seed(2)
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_hooks_see_equal_bits_up_to_the_first_result_of_an_op(plain, model, family, train):
+    inputs = family.inputs()
+    plain.train(train), model.train(train)
+    report = safe_inplace.patch(model)
+    rules = {path: patch.rule for path, module in model.named_modules() if (patch := patch_of(type(module)))}
+    inlined = [f"{path}.{name}".removeprefix(".") for path, rule in rules.items() for name in rule.inlines]
+    # A sum is rounded as torch's; the product of a dropped path goes into it.
+    sums = not train and all(rule.ops == "add, add" for rule in rules.values())
+    paths = [path for path, _ in model.named_modules() if not any(f"{path}.".startswith(f"{name}.") for name in inlined)]
+    expected = sorted(all_that_hooks_see(plain, paths, inputs), key=lambda call: call[0])
+    calls = sorted(all_that_hooks_see(model, paths, inputs), key=lambda call: call[0])
+    assert report.counts()["forward.replaced"] == sum(family.replaced.values())
+    assert [path for path, _, _ in calls] == [path for path, _, _ in expected]
+    compared = 0
+    for (_, values, made), (_, theirs, _) in zip(calls, expected, strict=True):
+        assert len(values) == len(theirs)
+        for value, other in zip(values, theirs, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+            if made == 0 or sums:
+                assert_bit_equal(value, other)
+                compared += 1
+    assert compared > 1
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_hook_on_all_modules_sees_equal_bits_everywhere(plain, model, family, train):
+    inputs = family.inputs()
+    report = safe_inplace.patch(model)
+    seen = []
+    for net in (plain.train(train), model.train(train)):
+        values = []
+
+        def keep(module, args, output, values=values):
+            outputs = output if isinstance(output, tuple) else (output,)
+            values.extend(value.detach().clone() for value in outputs if isinstance(value, torch.Tensor))
+
+        handle = torch.nn.modules.module.register_module_forward_hook(keep)
+        torch.manual_seed(2)
+        net(**inputs)
+        handle.remove()
+        seen.append(values)
+    assert len(seen[0]) == len(seen[1]) > len(list(model.children()))
+    for value, other in zip(seen[1], seen[0], strict=True):
+        assert_bit_equal(value, other)
+    assert report.counts() == {"forward.plain: a hook on all modules": sum(family.replaced.values())}
 
 
 def test_restoring_leaves_the_model_as_it_was(plain, model, family):

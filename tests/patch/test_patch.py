@@ -157,6 +157,10 @@ def through_pickle(model):
     return pickle.loads(pickle.dumps(model))
 
 
+def through_the_oldest_pickle(model):
+    return pickle.loads(pickle.dumps(model, protocol=0))
+
+
 def through_torch_save(model):
     file = io.BytesIO()
     torch.save(model, file)
@@ -165,7 +169,7 @@ def through_torch_save(model):
 
 
 class TestCopies:
-    @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_torch_save])
+    @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_the_oldest_pickle, through_torch_save])
     def test_a_copy_is_patched_and_runs_with_its_own_parameters(self, model, x, copied):
         report = patch(model)
         expected = model(x)
@@ -377,6 +381,17 @@ class TestWhatComesLater:
         assert_bit_equal(model[0](x), x * 7)
         assert report.counts() == {}
 
+    def test_who_kept_the_bound_forward_gets_the_plain_one_after_restoring(self, model, x):
+        """As offloading does, or a recorder of hidden states: it puts back what it found, as an attribute of the instance."""
+        expected = [block(x) for block in (model[0], model[2])]
+        report = patch(model)
+        for block in (model[0], model[2]):
+            block.forward = block.forward
+        assert replaced_in(report, lambda: model(x)) == 2
+        report.restore()
+        for block, value in zip((model[0], model[2]), expected, strict=True):
+            assert replaced_in(report, lambda block=block: assert_bit_equal(block(x), value)) == 0
+
     def test_a_removed_hook_is_forgotten(self, model, x):
         report = patch(model)
         model[0].scale.register_forward_hook(lambda *_: None).remove()
@@ -471,7 +486,14 @@ def test_threads(model, x):
 
 
 def test_under_a_tracer_the_plain_formula_runs(model, x):
-    report = patch(model.eval())
+    expected = model.eval()(x)
+    report = patch(model)
+    drawn = torch.fx.symbolic_trace(model)
+    assert_bit_equal(drawn(x), expected)
+    called = [node.target for node in drawn.graph.nodes if node.op == "call_module"]
+    assert "0.drop_path" in called and "2.drop_path" in called
+    assert_bit_equal(torch.jit.script(model)(x), expected)
+    assert report.counts() == {}
     traced = torch.jit.trace(model, x, check_trace=False)
     torch.testing.assert_close(traced(x), model(x))
     names = {node.kind() for node in traced.inlined_graph.nodes()}

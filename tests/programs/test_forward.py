@@ -6,10 +6,13 @@ import torch
 import safe_inplace
 
 from ..op_table import OPS
-from .engine import Disagreement
-from .forward.check import FUZZ
-from .forward.steps import Binary
+from .engine import Disagreement, Var
+from .forward.check import FUZZ, Ours, Torch, check
+from .forward.passes import Backward, Grad, Watch
+from .forward.steps import Binary, Leaf, PrivateView, Unary, Write
+from .machines import TensorProgram
 from .slices import SEED, slices
+from .tensors import values
 
 
 @slices(FUZZ, 12_000, 24)
@@ -117,3 +120,37 @@ OPS_BY_NAME = {op.name: op.function for op in OPS}
 def test_the_fuzz_finds(broken):
     with pytest.raises(Disagreement, match=r"reproduce: python -m tests\.programs forward"):
         FUZZ.search("broken", range(2000), sabotaged("mul_add_", broken))
+
+
+def test_a_history_that_torch_loses_of_nothing():
+    """CopySlices gives the gradient of a view without elements no history, the formula and ours do."""
+    steps = [
+        Leaf((0, 3), 244, True),
+        Unary(Var(0), "clone"),
+        PrivateView(Var(1), "clone", "narrow", (1, 0, 1)),
+        Write(Var(2), "add_", (Var(2),), 0.0, False),
+        Grad(Var(2), Var(0), "sin", 278, True, True),
+    ]
+    program = TensorProgram("lost", steps, torch.float64)
+    ours, theirs = Ours(program).run(), Torch(program).run()
+    assert ours.variables[-1].requires_grad and not theirs.variables[-1].requires_grad
+    assert check(program) == "agree"
+
+
+def test_a_hook_of_a_private_view_sees_all_of_its_gradient():
+    """Between two writes: torch's view sends a part of it by its base."""
+    steps = [
+        Leaf((3,), 3610, True),
+        PrivateView(Var(0), "clone", "alias", ()),
+        Write(Var(1), "add_", (1.0,), None, False),
+        Watch(Var(1), "hook"),
+        Binary(Var(1), Var(1), "+"),
+        Write(Var(1), "mul_", (Var(2),), None, False),
+        Backward(Var(1), "sum", 0, True),
+    ]
+    program = TensorProgram("watched", steps, torch.float64)
+    ours, theirs = Ours(program).run(), Torch(program).run()
+    whole = 4 * (values((3,), 3610, torch.float64) + 1)  # of (x + 1) * 2 (x + 1)
+    for run, seen in ((ours, whole), (theirs, whole / 2)):
+        assert torch.equal(run.seen[0][1], seen)
+    assert check(program) == "agree"

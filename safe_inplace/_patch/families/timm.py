@@ -24,45 +24,84 @@ def _mlp_residual(self: Any, x: Tensor, gamma: Tensor | None, drop: Any) -> Tens
     return forms.scaled_residual(x, lambda: self.mlp(self.norm2(x)), gamma, **timm_drop_path(drop))
 
 
-@rule(
-    "8561ddd356fd",
-    name="timm-vit",
-    homes="timm.models.vision_transformer.Block",
-    ops="addcmul, addcmul",
-    inlines={"ls1": OPTIONAL_TIMM_LAYER_SCALE, "ls2": OPTIONAL_TIMM_LAYER_SCALE, **_TWO_DROPS},
-)
+_VIT = "timm.models.vision_transformer.Block"
+_VIT_INLINES = {"ls1": OPTIONAL_TIMM_LAYER_SCALE, "ls2": OPTIONAL_TIMM_LAYER_SCALE, **_TWO_DROPS}
+
+
+@rule("8561ddd356fd", name="timm-vit", homes=_VIT, ops="addcmul, addcmul", inlines=_VIT_INLINES)
 def vit(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    return _vit(self, x, attn_mask=attn_mask, is_causal=is_causal)
+
+
+# timm before 1.0.26.
+@rule("87e064935b69", name="timm-vit", homes=_VIT, ops="addcmul, addcmul", inlines=_VIT_INLINES)
+def vit_never_causal(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    return _vit(self, x, attn_mask=attn_mask)
+
+
+def _vit(self: Any, x: Tensor, **attention: Any) -> Tensor:
     middle = forms.scaled_residual(
-        x,
-        lambda: self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal),
-        parameter(self.ls1, "gamma"),
-        **timm_drop_path(self.drop_path1),
+        x, lambda: self.attn(self.norm1(x), **attention), parameter(self.ls1, "gamma"), **timm_drop_path(self.drop_path1)
     )
     return _mlp_residual(self, middle, parameter(self.ls2, "gamma"), self.drop_path2)
 
 
-@rule("a6a462dede61", name="timm-eva", homes="timm.models.eva.EvaBlock", ops="addcmul, addcmul", inlines=_TWO_DROPS)
+_EVA = "timm.models.eva.EvaBlock"
+
+
+@rule("a6a462dede61", name="timm-eva", homes=_EVA, ops="addcmul, addcmul", inlines=_TWO_DROPS)
 def eva(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
+    return _eva(self, x, self.gamma_2, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+
+
+# timm 1.0.26 to 1.0.28.
+@rule("97f3beb49c94", name="timm-eva", homes=_EVA, ops="addcmul, addcmul", inlines=_TWO_DROPS)
+def eva_scaled_by_the_first(
+    self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    return _eva(self, x, _second_scale(self), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+
+
+# timm before 1.0.26.
+@rule("2440f5b56b9f", name="timm-eva", homes=_EVA, ops="addcmul, addcmul", inlines=_TWO_DROPS)
+def eva_never_causal(self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+    return _eva(self, x, _second_scale(self), rope=rope, attn_mask=attn_mask)
+
+
+def _eva(self: Any, x: Tensor, gamma: Tensor | None, **attention: Any) -> Tensor:
     middle = forms.scaled_residual(
-        x,
-        lambda: self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal),
-        self.gamma_1,
-        **timm_drop_path(self.drop_path1),
+        x, lambda: self.attn(self.norm1(x), **attention), self.gamma_1, **timm_drop_path(self.drop_path1)
     )
-    return _mlp_residual(self, middle, self.gamma_2, self.drop_path2)
+    return _mlp_residual(self, middle, gamma, self.drop_path2)
 
 
-@rule("69a56874fc80", name="timm-eva-post-norm", homes="timm.models.eva.EvaBlockPostNorm", ops="add, add", inlines=_TWO_DROPS)
+def _second_scale(self: Any) -> Tensor | None:
+    """Where the plain lines look at the first scale for both."""
+    return None if self.gamma_1 is None else self.gamma_2
+
+
+_EVA_POST_NORM = "timm.models.eva.EvaBlockPostNorm"
+
+
+@rule("69a56874fc80", name="timm-eva-post-norm", homes=_EVA_POST_NORM, ops="add, add", inlines=_TWO_DROPS)
 def eva_post_norm(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    middle = forms.scaled_residual(
-        x,
-        lambda: self.norm1(self.attn(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)),
-        **timm_drop_path(self.drop_path1),
-    )
+    return _eva_post_norm(self, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+
+
+# timm before 1.0.26.
+@rule("278459b72447", name="timm-eva-post-norm", homes=_EVA_POST_NORM, ops="add, add", inlines=_TWO_DROPS)
+def eva_post_norm_never_causal(
+    self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None
+) -> Tensor:
+    return _eva_post_norm(self, x, rope=rope, attn_mask=attn_mask)
+
+
+def _eva_post_norm(self: Any, x: Tensor, **attention: Any) -> Tensor:
+    middle = forms.scaled_residual(x, lambda: self.norm1(self.attn(x, **attention)), **timm_drop_path(self.drop_path1))
     return forms.scaled_residual(
         middle, lambda: self.norm2(self.mlp(middle)), **timm_drop_path(self.drop_path2)
     )
@@ -76,9 +115,7 @@ def beit(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Ten
         self.gamma_1,
         **timm_drop_path(self.drop_path1),
     )
-    # The plain lines look at the first scale for both.
-    gamma = None if self.gamma_1 is None else self.gamma_2
-    return _mlp_residual(self, middle, gamma, self.drop_path2)
+    return _mlp_residual(self, middle, _second_scale(self), self.drop_path2)
 
 
 @rule(

@@ -2,45 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ...nn import functional as forms
+from ...nn.functional import Branch
 from ..leaves import LAYER_SCALE, OPTIONAL_DROP_PATH, drop_path
-from ..rules import rule
+from ..rules import Leaf, rule
 
 _MODELS = "transformers.models"
-
-
-@rule(
-    "d86542f0cac1",
-    name="dinov2",
-    homes=f"{_MODELS}.dinov2.modeling_dinov2.Dinov2Layer",
-    ops="mul_add, mul_add",
-    inlines={"layer_scale1": LAYER_SCALE, "layer_scale2": LAYER_SCALE, "drop_path": OPTIONAL_DROP_PATH},
+_DINOV2 = f"{_MODELS}.dinov2.modeling_dinov2.Dinov2Layer"
+_DINOV3 = f"{_MODELS}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer"
+_BEIT = (
+    f"{_MODELS}.beit.modeling_beit.BeitLayer",
+    f"{_MODELS}.data2vec.modeling_data2vec_vision.Data2VecVisionLayer",
 )
-def dinov2(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+_BEIT_INLINES = {"drop_path": OPTIONAL_DROP_PATH}
+_DINO_INLINES: dict[str, Leaf | tuple[Leaf, ...]] = {
+    "layer_scale1": LAYER_SCALE,
+    "layer_scale2": LAYER_SCALE,
+    "drop_path": OPTIONAL_DROP_PATH,
+}
+_OPS = "mul_add, mul_add"
+
+
+def _residuals(self: Any, hidden_states: Tensor, attended: Branch, fed: Callable[[Tensor], Tensor], *scales: Any) -> Tensor:
+    first, second = scales
     drop = drop_path(self.drop_path)
-    middle = forms.scaled_residual(
+    middle = forms.scaled_residual(hidden_states, attended, first, branch_first=True, **drop)
+    return forms.scaled_residual(middle, lambda: fed(middle), second, branch_first=True, **drop)
+
+
+def _dino(self: Any, hidden_states: Tensor, attended: Callable[[Tensor], Tensor]) -> Tensor:
+    return _residuals(
+        self,
         hidden_states,
-        lambda: self.attention(self.norm1(hidden_states), attention_mask=attention_mask, **kwargs)[0],
+        lambda: attended(self.norm1(hidden_states)),
+        lambda middle: self.mlp(self.norm2(middle)),
         self.layer_scale1.lambda1,
-        branch_first=True,
-        **drop,
-    )
-    return forms.scaled_residual(
-        middle, lambda: self.mlp(self.norm2(middle)), self.layer_scale2.lambda1, branch_first=True, **drop
+        self.layer_scale2.lambda1,
     )
 
 
-@rule(
-    "bce84dd72315",
-    name="dinov3",
-    homes=f"{_MODELS}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer",
-    ops="mul_add, mul_add",
-    inlines={"layer_scale1": LAYER_SCALE, "layer_scale2": LAYER_SCALE, "drop_path": OPTIONAL_DROP_PATH},
-)
+@rule("d86542f0cac1", name="dinov2", homes=_DINOV2, ops=_OPS, inlines=_DINO_INLINES)
+def dinov2(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    return _dino(self, hidden_states, lambda normed: self.attention(normed, attention_mask=attention_mask, **kwargs)[0])
+
+
+# transformers 5.0 to 5.12.
+@rule("65b62ee75ef5", name="dinov2", homes=_DINOV2, ops=_OPS, inlines=_DINO_INLINES)
+def dinov2_without_mask(self: Any, hidden_states: Tensor) -> Tensor:
+    return _dino(self, hidden_states, self.attention)
+
+
+# transformers 4.
+@rule("e8bccbc24d81", name="dinov2", homes=_DINOV2, ops=_OPS, inlines=_DINO_INLINES)
+def dinov2_with_head_mask(self: Any, hidden_states: Tensor, head_mask: Tensor | None = None) -> Tensor:
+    return _dino(self, hidden_states, lambda normed: self.attention(normed, head_mask))
+
+
+@rule("bce84dd72315", name="dinov3", homes=_DINOV3, ops=_OPS, inlines=_DINO_INLINES)
 def dinov3(
     self: Any,
     hidden_states: Tensor,
@@ -51,13 +74,18 @@ def dinov3(
     return dinov2(self, hidden_states, attention_mask, position_embeddings=position_embeddings, **kwargs)
 
 
-@rule(
-    "5bb396067159",
-    name="beit",
-    homes=f"{_MODELS}.beit.modeling_beit.BeitLayer",
-    ops="mul_add, mul_add",
-    inlines={"drop_path": OPTIONAL_DROP_PATH},
-)
+# transformers 4 and 5.0.
+@rule("ebafc08790f1", name="dinov3", homes=_DINOV3, ops=_OPS, inlines=_DINO_INLINES)
+def dinov3_without_keywords(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    return dinov2(self, hidden_states, attention_mask, position_embeddings=position_embeddings)
+
+
+@rule("5bb396067159", name="beit", homes=_BEIT, ops=_OPS, inlines=_BEIT_INLINES)
 def beit(
     self: Any,
     hidden_states: Tensor,
@@ -71,28 +99,32 @@ def beit(
         window_size = (height // self.patch_size, width // self.patch_size)
         bias = self.relative_position_bias(window_size, interpolate_pos_encoding, dim_size=hidden_states.shape[1])
         attention_mask = bias + attention_mask if attention_mask is not None else bias
-    drop = drop_path(self.drop_path)
-    middle = forms.scaled_residual(
-        hidden_states,
-        lambda: self.dropout(
+
+    def attended() -> Tensor:
+        return self.dropout(
             self.attention(self.layernorm_before(hidden_states), attention_mask=attention_mask, **kwargs)[0]
-        ),
-        self.lambda_1,
-        branch_first=True,
-        **drop,
-    )
-    return forms.scaled_residual(
-        middle, lambda: self.dropout(self.mlp(self.layernorm_after(middle))), self.lambda_2, branch_first=True, **drop
-    )
+        )
+
+    def fed(middle: Tensor) -> Tensor:
+        return self.dropout(self.mlp(self.layernorm_after(middle)))
+
+    return _residuals(self, hidden_states, attended, fed, self.lambda_1, self.lambda_2)
 
 
-@rule(
-    "719660323160",
-    name="data2vec-vision",
-    homes=f"{_MODELS}.data2vec.modeling_data2vec_vision.Data2VecVisionLayer",
-    ops="mul_add, mul_add",
-    inlines={"drop_path": OPTIONAL_DROP_PATH},
-)
+def _data2vec(self: Any, hidden_states: Tensor, *head_mask: Any, **attention: Any) -> tuple[Tensor, ...]:
+    attended, *rest = self.attention(self.layernorm_before(hidden_states), *head_mask, **attention)
+    # Kept in a list until the residual pops it: then nobody else has it.
+    made = [attended]
+    del attended
+
+    def fed(middle: Tensor) -> Tensor:
+        return self.output(self.intermediate(self.layernorm_after(middle)))
+
+    return (_residuals(self, hidden_states, made.pop, fed, self.lambda_1, self.lambda_2), *rest)
+
+
+# Data2Vec, and BEiT of transformers 5.0 to 5.6.
+@rule("719660323160", name="beit", homes=_BEIT, ops=_OPS, inlines=_BEIT_INLINES)
 def data2vec_vision(
     self: Any,
     hidden_states: Tensor,
@@ -101,22 +133,33 @@ def data2vec_vision(
     interpolate_pos_encoding: bool = False,
     resolution: Any = None,
 ) -> tuple[Tensor, ...]:
-    attended, *rest = self.attention(
-        self.layernorm_before(hidden_states),
+    return _data2vec(
+        self,
+        hidden_states,
         output_attentions=output_attentions,
         relative_position_bias=relative_position_bias,
         interpolate_pos_encoding=interpolate_pos_encoding,
         resolution=resolution,
     )
-    made = [attended]
-    del attended
-    drop = drop_path(self.drop_path)
-    middle = forms.scaled_residual(hidden_states, made.pop, self.lambda_1, branch_first=True, **drop)
-    result = forms.scaled_residual(
-        middle,
-        lambda: self.output(self.intermediate(self.layernorm_after(middle))),
-        self.lambda_2,
-        branch_first=True,
-        **drop,
+
+
+# transformers 4.
+@rule("ef2c0d78720d", name="beit", homes=_BEIT, ops=_OPS, inlines=_BEIT_INLINES)
+def beit_with_head_mask(
+    self: Any,
+    hidden_states: Tensor,
+    head_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    relative_position_bias: Tensor | None = None,
+    interpolate_pos_encoding: bool = False,
+    resolution: Any = None,
+) -> tuple[Tensor, ...]:
+    return _data2vec(
+        self,
+        hidden_states,
+        head_mask,
+        output_attentions=output_attentions,
+        relative_position_bias=relative_position_bias,
+        interpolate_pos_encoding=interpolate_pos_encoding,
+        resolution=resolution,
     )
-    return (result, *rest)

@@ -26,6 +26,7 @@ class Watch(Step):
         if self.kind == "retain_grad":
             tensor.retain_grad()
         else:
+            run.hooked.setdefault(self.source, tensor._version)
             tensor.register_hook(lambda grad: run.seen.append((grad, grad.detach().clone())))
 
     def reference(self, run):
