@@ -1,4 +1,11 @@
-# make test | demo | bench | bench-full | lint | docs | sanitize | clean
+# make test         the extension built in the tree, and the whole test suite
+# make demo         guard on a silently wrong gradient; training with these ops; the modules of the tutorials
+# make bench        the benchmarks, side by side with torch: the short set
+# make bench-full   every size, layout, dtype and mode: hours
+# make lint         ruff, mypy and clang-format
+# make docs         the pages and the API as a site in build/docs, with every link checked
+# make sanitize     the core under AddressSanitizer and UndefinedBehaviorSanitizer
+# make clean        what was built is removed; the environments in .venv/ stay
 #
 # Each target sets up what it needs, in a virtual environment of its own per torch:
 #   TORCH=torch==2.14.1 make test     another torch (any requirement pip understands)

@@ -1,8 +1,10 @@
 """Build of safe_inplace._C, and of the extensions that its tests use. What is declared lives in pyproject.toml; here is only
 what depends on the torch found."""
 
+import ast
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -16,8 +18,8 @@ from packaging.requirements import Requirement
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-(TORCH,) = (text for text in PROJECT["dependencies"] if Requirement(text).name == "torch")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TORCH = PROJECT["tool"]["safe_inplace"]["torch"]
 CORE = ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/guard/*.cpp")
 
 # Machine code for the two data-centre generations in use; the PTX of the newer one is compiled by the driver of any
@@ -43,10 +45,14 @@ def import_torch():
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
+            needed = shlex.join([TORCH, *PROJECT["build-system"]["requires"]])
             stop(
                 "torch is not installed where the build runs",
-                f"the extension is compiled for the torch that will run it: pip install '{TORCH}' and then "
-                "pip install --no-build-isolation .",
+                "the extension is compiled for the torch that will run it, so none is fetched; install one first, and build "
+                "without isolation:\n"
+                f"  pip:    pip install {needed} && pip install --no-build-isolation .\n"
+                f"  uv:     uv pip install {needed} && uv pip install --no-build-isolation .\n"
+                f"  build:  pip install {needed} build && python -m build --wheel --no-isolation",
             )
     if not Requirement(TORCH).specifier.contains(torch.__version__, prereleases=True):
         stop(f"torch {torch.__version__} is not supported", f"pip install '{TORCH}'")
@@ -65,10 +71,16 @@ def require_compiler() -> None:
         )
 
 
-def find_cuda_home() -> Path | None:
+def find_cuda_home(wanted: str) -> Path | None:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
-            return Path(os.environ[variable])
+            home = Path(os.environ[variable])
+            if not (home / "bin" / "nvcc").is_file():
+                stop(
+                    f"nvcc was not found in {home / 'bin'}, where {variable} says it is",
+                    f"install the CUDA {wanted} toolkit and name its folder there, unset {variable}, or set FORCE_CUDA=0",
+                )
+            return home
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return Path("/usr/local/cuda") if Path("/usr/local/cuda/bin/nvcc").is_file() else None
@@ -90,24 +102,41 @@ def cuda_toolkit(torch) -> tuple[Path, str] | None:
     if torch.version.cuda is None:
         stop(f"FORCE_CUDA=1, but torch {torch.__version__} was built without CUDA", "install a CUDA build of torch")
     wanted = torch.version.cuda
-    home = find_cuda_home()
-    if home is None or not (home / "bin" / "nvcc").is_file():
+    home = find_cuda_home(wanted)
+    if home is None:
         if not force:
             return None
         stop(
-            "FORCE_CUDA=1, but nvcc was not found" + (f" in {home / 'bin'}" if home else ""),
+            "FORCE_CUDA=1, but nvcc was not found",
             f"install the CUDA {wanted} toolkit and put its nvcc on PATH or its folder in CUDA_HOME",
         )
-    text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    nvcc = home / "bin" / "nvcc"
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        stop(f"{nvcc} cannot be run ({error.strerror})", f"install the CUDA {wanted} toolkit, or set FORCE_CUDA=0")
     version = re.search(r"release (\d+\.\d+)", text)
     if version is None:
-        stop(f"{home / 'bin' / 'nvcc'} --version names no release", f"install the CUDA {wanted} toolkit")
+        stop(f"{nvcc} --version names no release", f"install the CUDA {wanted} toolkit, or set FORCE_CUDA=0")
     if version.group(1).split(".")[0] != wanted.split(".")[0]:
         stop(
             f"nvcc is of CUDA {version.group(1)}, torch {torch.__version__} of CUDA {wanted}",
             f"install the CUDA {wanted} toolkit and name its folder in CUDA_HOME, or set FORCE_CUDA=0",
         )
     return home, version.group(1)
+
+
+def version(facts: dict[str, str | None] | None = None) -> str:
+    (literal,) = re.findall(r"^__version__ = (.+)$", (ROOT / "safe_inplace" / "__init__.py").read_text(), re.MULTILINE)
+    public = ast.literal_eval(literal)
+    # The version that an index promises of an sdist is the version that its build must have.
+    if facts is None or (ROOT / "PKG-INFO").is_file():
+        return public
+    return f"{public}+torch{minor(facts['torch'])}.{'cu' + facts['cuda'].replace('.', '') if facts['cuda'] else 'cpu'}"
+
+
+def minor(torch_version: str) -> str:
+    return ".".join(torch_version.split(".")[:2])
 
 
 def system_includes(torch, cuda_home: Path | None) -> list[str]:
@@ -261,8 +290,22 @@ def extensions() -> tuple[Extension, list[Extension], type, dict[str, str | None
     return shipped, for_tests, BuildExtension, facts
 
 
+def left_out(facts: dict[str, str | None]) -> str | None:
+    """What to say of a build without CUDA that nobody asked for."""
+    import torch
+
+    if torch.version.cuda is None or facts["cuda"] or os.environ.get("FORCE_CUDA"):
+        return None
+    return (
+        f"safe_inplace is built without CUDA: torch {facts['torch']} has CUDA {torch.version.cuda}, but nvcc was not found; on "
+        f"CUDA tensors its ops will be right and gain nothing. Install the CUDA {torch.version.cuda} toolkit and put its nvcc on "
+        "PATH or its folder in CUDA_HOME; FORCE_CUDA=0 says that no CUDA is wanted."
+    )
+
+
 def build_arguments() -> dict:
     shipped, for_tests, build_extension, facts = extensions()
+    cuda_left_out = left_out(facts)
 
     class build_checked(build_extension):
         def build_extension(self, ext: Extension) -> None:
@@ -276,6 +319,8 @@ def build_arguments() -> dict:
         loaded any more, under another torch."""
 
         def run(self) -> None:
+            if cuda_left_out:
+                print(cuda_left_out, file=sys.stderr)
             super().run()
             package = ROOT / "safe_inplace" if self.inplace else Path(self.build_lib, "safe_inplace")
             package.mkdir(parents=True, exist_ok=True)
@@ -294,14 +339,19 @@ def build_arguments() -> dict:
             self.build_temp = str(Path(self.build_temp, "tests"))
             self.build_lib = str(Path(self.build_temp, "lib"))
 
-    return {"ext_modules": [shipped], "cmdclass": {"build_ext": build_ext, "build_test_extensions": build_test_extensions}}
+    return {
+        "version": version(facts),
+        "install_requires": [f"torch=={minor(facts['torch'])}.*"],
+        "ext_modules": [shipped],
+        "cmdclass": {"build_ext": build_ext, "build_test_extensions": build_test_extensions},
+    }
 
 
 def description() -> str:
     """README.md as a package index shows it, without the repository beside it: a link to a file of the repository leads to where
     `project.urls.Repository` of pyproject.toml says that it is. Where nothing is said there, the text of the link stays, and of
     a picture its words."""
-    repository = PROJECT.get("urls", {}).get("Repository", "").removesuffix("/")
+    repository = PROJECT["project"].get("urls", {}).get("Repository", "").removesuffix("/")
 
     def elsewhere(link: re.Match[str]) -> str:
         picture, text, target = link.groups()
@@ -316,8 +366,10 @@ def description() -> str:
 
 ABOUT = {"license": "BSD-3-Clause", "long_description": description(), "long_description_content_type": "text/markdown"}
 
-# An sdist and the metadata can be made without torch and without a compiler.
-if {"build", "build_ext", "build_test_extensions", "bdist_wheel", "editable_wheel", "develop", "install"} & set(sys.argv):
+# An sdist can be made without torch and without a compiler, and fits every torch in range. The metadata of a wheel cannot: what
+# it requires is the torch that was found, and where there is none, the front end must hear so before it fetches any.
+COMPILES = {"build", "build_ext", "build_test_extensions", "bdist_wheel", "editable_wheel", "dist_info", "develop", "install"}
+if COMPILES & set(sys.argv):
     setup(**ABOUT, **build_arguments())
 else:
-    setup(**ABOUT, ext_modules=[Extension("safe_inplace._C", sources(*CORE))])
+    setup(**ABOUT, version=version(), install_requires=[TORCH], ext_modules=[Extension("safe_inplace._C", sources(*CORE))])

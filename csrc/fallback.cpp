@@ -3,7 +3,9 @@
 #include <ATen/ATen.h>
 #include <ATen/ScalarOps.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "backend.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "result.h"
@@ -230,6 +232,21 @@ void write(const Call& original, bool dense) {
   }
 }
 
+// A subclass, fake tensors among them, would have no kernel either way.
+bool computes_on_cuda(const at::Tensor& tensor) {
+  const auto keys = tensor.key_set() - c10::impl::tls_local_dispatch_key_set().excluded_;
+  return tensor.is_cuda() && !keys.has(c10::DispatchKey::Python);
+}
+
+// CUDA is the one backend that a build may lack though torch has it.
+void say_that_cuda_was_left_out(const Call& call) {
+  if (backend_of(c10::DeviceType::CUDA) == nullptr && any_tensor(call, computes_on_cuda)) {
+    TORCH_WARN_ONCE(
+        "safe_inplace was built without CUDA: on CUDA tensors torch's own operations compute its ops, right and without "
+        "the gain. Build it where nvcc of torch's CUDA is found; `python -m safe_inplace env` says what was built.");
+  }
+}
+
 bool is_reduced(const at::Tensor& tensor) {
   return opmath_type(tensor.scalar_type()) != tensor.scalar_type();
 }
@@ -237,6 +254,7 @@ bool is_reduced(const at::Tensor& tensor) {
 } // namespace
 
 at::Tensor result_by_fallback(const Call& original) {
+  say_that_cuda_was_left_out(original);
   if (original.info().torch_method == TorchMethod::ForAnyOperands || !any_tensor(original, is_reduced)) {
     return formula(original, *original.input);
   }
@@ -251,6 +269,7 @@ at::Tensor result_by_fallback(const Call& original) {
 }
 
 void write_by_fallback(const Call& call, bool dense) {
+  say_that_cuda_was_left_out(call);
   check_devices(call);
   if (dense) {
     check_memory(call);

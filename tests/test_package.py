@@ -87,6 +87,52 @@ def test_import_under_another_python_names_both(package_copy):
     assert message.startswith("ImportError: ") and f"this is Python {sys.version_info.major}.{sys.version_info.minor}" in message
 
 
+@pytest.mark.skipif(_build.read_build().cuda is not None, reason="needs a build without CUDA")
+def test_the_first_call_on_cuda_says_that_it_was_left_out(tmp_path):
+    program = """
+import warnings
+import torch
+import safe_inplace
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+class OnCuda(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return args[0]
+
+def warned(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except (NotImplementedError, RuntimeError):  # no device
+            pass
+    return [str(warning.message) for warning in caught if "safe_inplace" in str(warning.message)]
+
+x = torch.Tensor._make_wrapper_subclass(OnCuda, (3,), device="cuda")
+assert warned(lambda: safe_inplace.add_(torch.ones(3, dtype=torch.int64), 1)) == []
+with FakeTensorMode():
+    assert warned(lambda: safe_inplace.mul(torch.empty(3, device="cuda"), 2)) == []
+assert warned(lambda: safe_inplace.FIRST) == []
+# Without its dispatch, what is left is a tensor on a GPU.
+with torch._C._DisableTorchDispatch():
+    (said,) = warned(lambda: safe_inplace.FIRST)
+    assert said.startswith("safe_inplace was built without CUDA: "), said
+    assert warned(lambda: safe_inplace.SECOND) == []
+"""
+    for first, second in (("mul_(x, 2)", "add(x, x)"), ("add(x, x)", "mul_(x, 2)")):
+        result = run_python("-c", program.replace("FIRST", first).replace("SECOND", second), path=PACKAGE.parent)
+        assert result.returncode == 0, result.stderr
+
+
+def test_make_says_what_each_target_does():
+    text = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", text, re.MULTILINE)
+    said = subprocess.run(["make", "-s", "-C", ROOT], capture_output=True, text=True, timeout=60).stdout
+    targets = re.findall(r"^make (\S+) {2,}\S", said, re.MULTILINE)
+    assert sorted(targets) == sorted(set(phony.split()) - {"help", "again"})
+
+
 def test_the_table_of_the_readme_lists_the_ops():
     listed = re.findall(r"^\| `(\w+_)\(input, ", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert listed == [row["names"][0] for row in safe_inplace._C.op_table()]
@@ -159,7 +205,18 @@ class TestBuildThatCannotBeDone:
 
     def test_no_torch(self, tmp_path):
         line = self.build(tmp_path, torch_package="raise ModuleNotFoundError(name='torch')")
-        assert line.startswith("torch is not installed") and "pip install 'torch>=" in line
+        assert line.startswith("torch is not installed")
+
+    @pytest.mark.parametrize("command", ["dist_info", "editable_wheel", "bdist_wheel"])
+    def test_no_torch_stops_before_a_front_end_could_fetch_one(self, tmp_path, command):
+        """dist_info is what pip and uv run before they look for what the package requires."""
+        fake = tmp_path / "torch.py"
+        fake.write_text("raise ModuleNotFoundError(name='torch')")
+        result = setup_of_small_sources(tmp_path, command, sources={"csrc/small.cpp": ""}, PYTHONPATH=str(tmp_path))
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        for front_end, install in (("pip", "pip install"), ("uv", "uv pip install"), ("build", "pip install")):
+            (line,) = re.findall(rf"^  {front_end}: +(.+)$", result.stderr, re.MULTILINE)
+            assert line.startswith(f"{install} 'torch>=") and re.search(r"--no-(build-)?isolation", line)
 
     def test_no_compiler(self, tmp_path):
         line = self.build(tmp_path, CXX="no-such-compiler")
@@ -172,19 +229,50 @@ class TestBuildThatCannotBeDone:
     def test_cuda_forced_on_a_torch_without(self, tmp_path):
         assert "was built without CUDA" in self.build(tmp_path, FORCE_CUDA="1")
 
-    @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
-    def test_cuda_forced_without_nvcc(self, tmp_path):
-        line = self.build(tmp_path, FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
-        assert "nvcc was not found" in line and f"install the CUDA {torch.version.cuda} toolkit" in line
+    # What is asked of torch before a toolkit is looked for.
+    WITH_CUDA = "__version__ = '2.13.0'\nclass version:\n    cuda = '13.0'\n"
 
-    @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
-    def test_nvcc_of_another_cuda(self, tmp_path):
-        nvcc = tmp_path / "bin" / "nvcc"
-        nvcc.parent.mkdir()
-        nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.148'\n")
-        nvcc.chmod(0o755)
-        line = self.build(tmp_path, FORCE_CUDA="", CUDA_HOME=str(tmp_path))
-        assert line.startswith("nvcc is of CUDA 9.2") and f"install the CUDA {torch.version.cuda} toolkit" in line
+    @pytest.mark.parametrize("force", ["1", ""], ids=["forced", "found"])
+    @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+    def test_cuda_home_without_nvcc(self, tmp_path, variable, force):
+        homes = {"CUDA_HOME": "", "CUDA_PATH": "", variable: str(tmp_path)}
+        line = self.build(tmp_path, self.WITH_CUDA, FORCE_CUDA=force, **homes)
+        assert line.startswith(f"nvcc was not found in {tmp_path / 'bin'}, where {variable} says it is; ")
+        assert "install the CUDA 13.0 toolkit" in line and f"unset {variable}" in line
+
+    @pytest.mark.parametrize(
+        "nvcc, words",
+        [
+            ("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.148'\n", "nvcc is of CUDA 9.2"),
+            ("#!/bin/sh\nexit 1\n", "names no release"),
+            ("#!/no/such/interpreter\n", "cannot be run (No such file or directory)"),
+        ],
+        ids=["of another CUDA", "fails", "cannot be run"],
+    )
+    def test_cuda_home_with_a_wrong_nvcc(self, tmp_path, nvcc, words):
+        file = tmp_path / "bin" / "nvcc"
+        file.parent.mkdir()
+        file.write_text(nvcc)
+        file.chmod(0o755)
+        line = self.build(tmp_path, self.WITH_CUDA, FORCE_CUDA="", CUDA_HOME=str(tmp_path))
+        assert words in line and "install the CUDA 13.0 toolkit" in line
+
+    def test_cuda_home_is_not_looked_at_where_no_cuda_is_wanted(self, tmp_path):
+        """The twin of those above: the build goes on to the compiler."""
+        line = self.build(tmp_path, self.WITH_CUDA, FORCE_CUDA="0", CUDA_HOME=str(tmp_path), CXX="no-such-compiler")
+        assert "no-such-compiler" in line
+
+
+SMALL_MODULE = """
+#include <Python.h>
+#include <stdexcept>
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "NAME", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit_NAME() {
+  return Py_IsInitialized() ? PyModule_Create(&definition) : throw std::runtime_error("takes libstdc++");
+}
+"""
 
 
 def setup_of_small_sources(
@@ -206,23 +294,72 @@ def setup_of_small_sources(
     )
 
 
+class TestMetadata:
+    """A wheel names the one torch that it was compiled for, an sdist the range of those that it can be compiled for."""
+
+    MINOR = ".".join(torch.__version__.split(".")[:2])
+
+    def pack(self, folder: Path, *commands: str) -> Path:
+        result = setup_of_small_sources(folder, *commands, sources={"csrc/small.cpp": SMALL_MODULE.replace("NAME", "_C")})
+        assert result.returncode == 0, result.stderr
+        (file,) = (folder / "dist").iterdir()
+        return file
+
+    def of_torch(self, wheel: Path) -> list[str]:
+        archive = zipfile.ZipFile(wheel)
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return re.findall(r"^Requires-Dist: (torch[^v].*)$", archive.read(name).decode(), re.MULTILINE)
+
+    def test_a_wheel(self, tmp_path):
+        wheel = self.pack(tmp_path, "bdist_wheel")
+        assert wheel.name.startswith(f"safe_inplace-0+torch{self.MINOR}.cpu-")
+        assert self.of_torch(wheel) == [f"torch=={self.MINOR}.*"]
+
+    def test_an_sdist_and_a_wheel_from_it(self, tmp_path):
+        """The wheel has the sdist's version: pip refuses another one where the sdist came from an index."""
+        sdist = self.pack(tmp_path, "sdist")
+        assert sdist.name == "safe_inplace-0.tar.gz"
+        shutil.unpack_archive(sdist, tmp_path)
+        unpacked = tmp_path / "safe_inplace-0"
+        text = (unpacked / "PKG-INFO").read_text()
+        assert re.search(r"^Requires-Dist: torch<[\d.]+,>=[\d.]+$", text, re.MULTILINE)
+        wheel = self.pack(unpacked, "bdist_wheel")
+        assert wheel.name.startswith("safe_inplace-0-")
+        assert self.of_torch(wheel) == [f"torch=={self.MINOR}.*"]
+
+
+def test_a_build_that_leaves_cuda_out_says_so(tmp_path):
+    """On a machine without nvcc, with a torch that has CUDA; and not where nobody wants CUDA."""
+    program = """
+import runpy, shutil, sys
+from pathlib import Path
+import torch
+
+torch.version.cuda = "13.0"
+is_file, which = Path.is_file, shutil.which
+Path.is_file = lambda path: path.name != "nvcc" and is_file(path)
+shutil.which = lambda name, *rest, **named: None if name == "nvcc" else which(name, *rest, **named)
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    sources = {"csrc/small.cpp": SMALL_MODULE.replace("NAME", "_C")}
+    setup_of_small_sources(tmp_path, "--version", sources=sources)
+    for force, said in (("", 1), ("0", 0)):
+        environment = {**os.environ, "CUDA_HOME": "", "CUDA_PATH": "", "FORCE_CUDA": force}
+        result = subprocess.run(
+            [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("safe_inplace is built without CUDA: ") == said
+
+
 class TestExtensionsOfTheTests:
     """The simulator of the CUDA kernels and the toy backend: nobody who installs the package gets them."""
 
     def test_a_wheel_is_without_them_though_they_were_built_before(self, tmp_path):
-        module = """
-#include <Python.h>
-#include <stdexcept>
-
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "NAME", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-
-PyMODINIT_FUNC PyInit_NAME() {
-  return Py_IsInitialized() ? PyModule_Create(&definition) : throw std::runtime_error("takes libstdc++");
-}
-"""
-        sources = {"csrc/small.cpp": module.replace("NAME", "_C")}
+        sources = {"csrc/small.cpp": SMALL_MODULE.replace("NAME", "_C")}
         for name in ("simulator", "toy_backend"):
-            sources[f"tests/{name}/small.cpp"] = module.replace("NAME", f"_{name}")
+            sources[f"tests/{name}/small.cpp"] = SMALL_MODULE.replace("NAME", f"_{name}")
         result = setup_of_small_sources(
             tmp_path, "build_test_extensions", "build_ext", "--inplace", "bdist_wheel", sources=sources
         )
