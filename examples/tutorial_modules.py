@@ -13,7 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import safe_inplace
@@ -138,35 +141,51 @@ def why(module: Module, leaf: bool) -> str:
     except RuntimeError:
         if not (given.is_leaf and given.requires_grad):
             raise
-        return "x is a leaf that requires grad: the write would replace the very value the gradient is asked for"
+        return "the write would replace the very value that the gradient is asked for"
     stale = [line for line, tensor, version in saved if tensor._version > version]
     if stale:
-        return f"{' and '.join(repr(line) for line in stale)} saved a value that was overwritten before backward"
+        return f"{' and '.join(repr(line) for line in stale)} saved what was overwritten"
     if not saved:
-        return "no line saved anything, so that no write can destroy what backward needs"
+        return "nothing was saved"
     kept = dict.fromkeys(line for line, _, _ in saved)
-    return f"{' and '.join(repr(line) for line in kept)} saved values, and nothing wrote to them afterwards"
+    return f"{' and '.join(repr(line) for line in kept)} saved what nobody wrote to"
+
+
+def table() -> Table:
+    shown = Table(box=box.HORIZONTALS, pad_edge=False, header_style="")
+    shown.add_column(no_wrap=True)
+    for heading in ("x is a leaf", "x was computed", "why there", "safe_inplace"):
+        shown.add_column(heading)
+    for title, body in BODIES.items():
+        shown.add_section()
+        shown.add_row(Text(title, "bold"))
+        for operation, operand in OPERANDS:
+            modules = {library: compile_module(body, operation, operand, library) for library in LIBRARIES}
+            theirs, ours = (
+                [run(modules[library], modules["out of place"], leaf) for leaf in (True, False)]
+                for library in ("torch", "safe_inplace")
+            )
+            differ = [f"{one.what} {one.where}" for one, other in zip(ours, theirs, strict=True) if one.what != other.what]
+            lines = modules["torch"].source.splitlines()[1:]
+            shown.add_row(
+                Text("; ".join(line.strip() for line in lines)),
+                *(Text(outcome.what, COLORS[outcome.what]) for outcome in theirs),
+                Text(why(modules["torch"], leaf=False)),
+                Text("; ".join(differ) or "the same"),
+            )
+    return shown
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
     console.print(__doc__.split("\n\n")[0])
-    for title, body in BODIES.items():
-        console.print(f"\n[bold]{title}[/bold]")
-        for operation, operand in OPERANDS:
-            modules = {library: compile_module(body, operation, operand, library) for library in LIBRARIES}
-            console.print(f"\n{modules['torch'].source}", end="", markup=False)
-            for leaf in (True, False):
-                ours, theirs = (
-                    run(modules[library], modules["out of place"], leaf) for library in ("safe_inplace", "torch")
-                )
-                console.print(f"  {'leaf' if leaf else 'non-leaf':<9} torch: [{COLORS[theirs.what]}]{theirs.what}[/]")
-                if theirs.where:
-                    console.print(f"            {theirs.where}", markup=False)
-                console.print(f"            why: {why(modules['torch'], leaf)}", markup=False)
-                same = "the same" if ours.what == theirs.what else f"{ours.what} {ours.where}"
-                console.print(f"            safe_inplace: {same}", markup=False)
+    console.print(table())
+    body, operation, operand = BODIES["A write to the input"], "mul_", "w"
+    modules = {library: compile_module(body, operation, operand, library) for library in LIBRARIES}
+    refused = run(modules["torch"], modules["out of place"], leaf=True)
+    console.print(f"Refused at the write, since {why(modules['torch'], leaf=True)}:", markup=False)
+    console.print(f"{refused.where}.", markup=False)
 
 
 if __name__ == "__main__":

@@ -98,13 +98,16 @@ def test_a_wrong_gradient_would_be_called_wrong():
     assert tutorial_modules.run(wrong, reference, leaf=False).what == "WRONG GRADIENTS"
 
 
-def test_tutorial_walk_runs(capsys, monkeypatch):
+def test_the_table_of_the_tutorial(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["tutorial_modules"])
+    monkeypatch.setenv("COLUMNS", "200")  # each row on a line
     tutorial_modules.main()
     printed = capsys.readouterr().out
-    cases = len(tutorial_modules.BODIES) * len(tutorial_modules.OPERANDS) * 2
-    assert printed.count("safe_inplace: the same") == cases
-    assert "WRONG" not in printed
+    rows = len(tutorial_modules.BODIES) * len(tutorial_modules.OPERANDS)
+    assert len(re.findall(r"the same +$", printed, re.MULTILINE)) == rows and len(printed.splitlines()) < 3 * rows
+    (row,) = re.findall(r"^ y = x \* w; x\.mul_\(w\); return y \* 2 .*$", printed, re.MULTILINE)
+    assert re.search(r" refused at the write +refused in backward +'y = x \* w' saved what was overwritten +the same", row)
+    assert "WRONG" not in printed and "a leaf Variable that requires grad is being used in an in-place operation" in printed
 
 
 def test_guard_report(capsys, monkeypatch):
