@@ -26,7 +26,17 @@ html_show_copyright = False
 html_copy_source = False
 
 CONTENTS = {
-    "Use": ["docs/in-place", "docs/ops", "docs/guard", "docs/run", "docs/patch", "docs/engines", "docs/performance", "docs/api"],
+    "Use": [
+        "docs/in-place",
+        "docs/ops",
+        "docs/guard",
+        "docs/run",
+        "docs/trainers",
+        "docs/patch",
+        "docs/engines",
+        "docs/performance",
+        "docs/api",
+    ],
     "Trust": ["docs/safety", "docs/testing"],
     "Build": ["docs/building", "docs/design", "docs/cuda", "docs/adding-a-backend", "CONTRIBUTING", "CHANGELOG"],
     "Results": ["benchmarks/results/README", "benchmarks/results/models/README"],

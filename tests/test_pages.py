@@ -47,6 +47,12 @@ import safe_inplace
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 model = torch.nn.Sequential(ConvNextV2GRN(8))
 """,
+    "docs/trainers.md": """
+import tempfile
+import torch
+from tests.guard.test_trainers import Net, harmless
+model, examples, folder = Net(harmless), [{"x": torch.randn(4)} for _ in range(8)], tempfile.mkdtemp()
+""",
 }
 
 
