@@ -81,6 +81,11 @@ def compile_module(body: str, operation: str, operand: str, library: str) -> Mod
     return Module(source, names["forward"])
 
 
+def versions(title: str, operation: str, operand: str) -> dict[str, Module]:
+    """The same module by each library."""
+    return {library: compile_module(BODIES[title], operation, operand, library) for library in LIBRARIES}
+
+
 def inputs(leaf: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The input that gradients are asked of, what the module is given (itself, or computed from it), and the weight."""
     x = torch.tensor([0.5, -1.5, 2.0], dtype=torch.float64, requires_grad=True)
@@ -156,11 +161,11 @@ def table() -> Table:
     shown.add_column(no_wrap=True)
     for heading in ("x is a leaf", "x was computed", "why there", "safe_inplace"):
         shown.add_column(heading)
-    for title, body in BODIES.items():
+    for title in BODIES:
         shown.add_section()
         shown.add_row(Text(title, "bold"))
         for operation, operand in OPERANDS:
-            modules = {library: compile_module(body, operation, operand, library) for library in LIBRARIES}
+            modules = versions(title, operation, operand)
             theirs, ours = (
                 [run(modules[library], modules["out of place"], leaf) for leaf in (True, False)]
                 for library in ("torch", "safe_inplace")
@@ -181,8 +186,7 @@ def main() -> None:
     console = Console(highlight=False)
     console.print(__doc__.split("\n\n")[0])
     console.print(table())
-    body, operation, operand = BODIES["A write to the input"], "mul_", "w"
-    modules = {library: compile_module(body, operation, operand, library) for library in LIBRARIES}
+    modules = versions("A write to the input", "mul_", "w")
     refused = run(modules["torch"], modules["out of place"], leaf=True)
     console.print(f"Refused at the write, since {why(modules['torch'], leaf=True)}:", markup=False)
     console.print(f"{refused.where}.", markup=False)

@@ -83,10 +83,7 @@ EXPECTED = {
 @pytest.mark.parametrize("library", ["torch", "safe_inplace"])
 @pytest.mark.parametrize("title, operation, operand, leaf", EXPECTED)
 def test_tutorial_modules(library, title, operation, operand, leaf):
-    modules = {
-        name: tutorial_modules.compile_module(tutorial_modules.BODIES[title], operation, operand, name)
-        for name in (library, "out of place")
-    }
+    modules = tutorial_modules.versions(title, operation, operand)
     outcome = tutorial_modules.run(modules[library], modules["out of place"], leaf)
     assert outcome.what == EXPECTED[title, operation, operand, leaf]
 

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from docs import screenshots
 
+from .guard.test_docs import report_of
 from .guard.test_run import NET
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,21 +238,14 @@ def test_the_registration_of_a_backend_is_that_of_a_device():
     assert block.text.strip().removesuffix("});") in cuda
 
 
-@pytest.mark.parametrize("theme", screenshots.THEMES)
-def test_the_pictures_show_what_the_command_says(theme):
-    picture = (ROOT / "docs" / f"report-{theme}.svg").read_text(encoding="utf-8")
-    assert picture == screenshots.picture(screenshots.report(), theme)
-    said = run_report()
-    shown = [unescape(text) for text in re.findall(r"<text [^>]*>(.*?)</text>", picture)][1:]
-    assert "".join("".join(shown).split()) == "".join(said.split())
-
-
-def run_report() -> str:
-    words = [sys.executable, "-m", "safe_inplace", "run", "--on-hazard", "warn", screenshots.PROGRAM]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    text = done.stderr[done.stderr.index("safe_inplace guard:") :]
-    return text.replace(f"{ROOT}{os.sep}", "")
+def test_the_pictures_show_what_the_command_says():
+    report = screenshots.report()
+    said = report_of("--on-hazard", "warn", screenshots.PROGRAM, PYTHONWARNINGS="ignore")
+    for theme in screenshots.THEMES:
+        picture = (ROOT / "docs" / f"report-{theme}.svg").read_text(encoding="utf-8")
+        assert picture == screenshots.picture(report, theme), theme
+        shown = [unescape(text) for text in re.findall(r"<text [^>]*>(.*?)</text>", picture)][1:]
+        assert "".join("".join(shown).split()) == "".join(said.split()), theme
 
 
 class TestThatTheseTestsFail:

@@ -2,28 +2,23 @@
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from .test_run import HAZARDS, ROOT, run
+
 PAGE = ROOT / "docs" / "guard.md"
-COMMAND = "python -m safe_inplace run examples/guard_hazard.py"
+PROGRAM = "examples/guard_hazard.py"
 BLOCK = re.compile(r"(<!-- report: .*? -->\n).*?(<!-- /report -->)", re.DOTALL)
 
 
+def report_of(*arguments: str, **environment: str) -> str:
+    """What the command says of a program of the repository."""
+    done = run(ROOT, *arguments, **environment)
+    assert done.returncode == HAZARDS, done.stderr
+    return done.stderr[done.stderr.index("safe_inplace guard:") :].replace(f"{ROOT}{os.sep}", "")
+
+
 def report() -> str:
-    done = subprocess.run(
-        [sys.executable, *COMMAND.split()[1:]],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 86, done.stderr
-    text = done.stderr[done.stderr.index("safe_inplace guard:") :].replace(f"{ROOT}{os.sep}", "")
-    return f"\n```console\n$ {COMMAND}\n{text.rstrip()}\n```\n\n"
+    return f"\n```console\n$ python -m safe_inplace run {PROGRAM}\n{report_of(PROGRAM).rstrip()}\n```\n\n"
 
 
 def rendered(page: str) -> str:
