@@ -158,8 +158,7 @@ def why(module: Module, leaf: bool) -> str:
 
 def table() -> Table:
     shown = Table(box=box.HORIZONTALS, pad_edge=False, header_style="")
-    shown.add_column(no_wrap=True)
-    for heading in ("x is a leaf", "x was computed", "why there", "safe_inplace"):
+    for heading in ("", "x is a leaf", "x was computed", "why there", "safe_inplace"):
         shown.add_column(heading)
     for title in BODIES:
         shown.add_section()
@@ -184,6 +183,8 @@ def table() -> Table:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=140)
     console.print(__doc__.split("\n\n")[0])
     console.print(table())
     modules = versions("A write to the input", "mul_", "w")

@@ -1,6 +1,7 @@
 """The demo does what it says: the tests look at what its runs found, not at what it prints about them."""
 
 import argparse
+import io
 import re
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_wrong_gradient_would_be_called_wrong():
 
 def test_the_table_of_the_tutorial(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["tutorial_modules"])
-    monkeypatch.setenv("COLUMNS", "200")  # each row on a line
+    monkeypatch.setattr(tutorial_modules, "Console", lambda **options: Console(**options | {"width": 200}))  # each row on a line
     tutorial_modules.main()
     printed = capsys.readouterr().out
     rows = len(tutorial_modules.BODIES) * len(tutorial_modules.OPERANDS)
@@ -105,6 +106,13 @@ def test_the_table_of_the_tutorial(capsys, monkeypatch):
     (row,) = re.findall(r"^ y = x \* w; x\.mul_\(w\); return y \* 2 .*$", printed, re.MULTILINE)
     assert re.search(r" refused at the write +refused in backward +'y = x \* w' saved what was overwritten +the same", row)
     assert "WRONG" not in printed and "a leaf Variable that requires grad is being used in an in-place operation" in printed
+
+
+def test_the_table_of_the_tutorial_is_whole_on_a_narrow_terminal():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(tutorial_modules.table())
+    printed = console.export_text()
+    assert "…" not in printed and "overwritten" in printed and "gradients" in printed
 
 
 def test_guard_report(capsys, monkeypatch):
