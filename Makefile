@@ -72,7 +72,7 @@ test: $(BUILT) $(foreach name,$(TEST_EXTRAS),$(call extra,$(name)))
 	@$(PY) -m pytest -n $(MAX_JOBS) --dist worksteal $(ARGS)
 
 demo: $(BUILT) $(call extra,demo)
-	$(call say,the demo 1 of 4: a wrong gradient without any error, and what the guard says of it)
+	$(call say,the demo 1 of 4: a wrong gradient without any error - and what the guard says of it)
 	@cat examples/silently_wrong.py
 	$(PY) examples/silently_wrong.py
 	$(PY) -m safe_inplace run --exit-zero examples/silently_wrong.py
