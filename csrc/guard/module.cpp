@@ -67,8 +67,8 @@ PyObject* exit(PyObject*, PyObject* arguments) {
   --entered;
   if (policy == Py_None) {
     c10::impl::tls_set_dispatch_key_included(kKey, false);
+    policy = nullptr;
   }
-  // None where there is no policy: the entry itself cannot be erased before torch 2.13.
   Policy::set_current(policy);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS

@@ -50,13 +50,15 @@ Policy Policy::current() {
   if (!at::impl::ThreadLocalPythonObjects::contains(key())) {
     return Policy(nullptr);
   }
-  PyObject* policy = at::impl::ThreadLocalPythonObjects::get(key())->ptr(getPyInterpreter());
-  return Policy(policy != Py_None ? policy : nullptr);
+  const auto& held = at::impl::ThreadLocalPythonObjects::get(key());
+  return Policy(held != nullptr ? held->ptr(getPyInterpreter()) : nullptr);
 }
 
 void Policy::set_current(PyObject* policy) {
-  at::impl::ThreadLocalPythonObjects::set(key(),
-                                          std::make_shared<c10::SafePyObject>(share(policy).release(), getPyInterpreter()));
+  // A thread that ended with an object here would wait for the GIL to let go of it, and the process dies where the interpreter
+  // ends meanwhile. The entry itself cannot be erased before torch 2.13.
+  at::impl::ThreadLocalPythonObjects::set(
+      key(), policy != nullptr ? std::make_shared<c10::SafePyObject>(share(policy).release(), getPyInterpreter()) : nullptr);
 }
 
 bool Policy::verify() const {

@@ -25,7 +25,7 @@ class Policy {
 
   // That of this thread's innermost guard, none outside of all guards. Torch hands it on to the threads of a backward.
   static Policy current();
-  static void set_current(PyObject* policy);
+  static void set_current(PyObject* policy); // nullptr: none
 
   explicit operator bool() const { return object_ != nullptr; }
   PyObject* get() const { return object_; }

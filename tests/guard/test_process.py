@@ -71,6 +71,42 @@ def test_threads_are_watched(folder, text):
     assert found["processes"] == [] and found["unguarded"] == {"threads": 0, "processes": 0}
 
 
+IN_A_THREAD = {
+    "guard": "with safe_inplace.guard('copy'): step()",
+    "verify": "with safe_inplace.guard('copy', verify=True): step()",
+    "guard in guard": "with safe_inplace.guard('copy'), safe_inplace.guard('warn'): pass",
+    "recorded ops": "safe_inplace.mul_(torch.ones(3, requires_grad=True) * 1, 2).sum().backward()",
+}
+
+
+@pytest.mark.parametrize("code", IN_A_THREAD.values(), ids=IN_A_THREAD)
+def test_a_thread_ends_without_the_interpreter(folder, code):
+    """What a thread would have to take the interpreter's lock for as it ends kills the process where that ends meanwhile."""
+    text = f"""
+        import _thread, ctypes, os, sys, threading, time
+        import safe_inplace, torch
+        from steps import step
+        def main():
+            {code}
+            # The first that the thread does at its end is to wait until the main thread holds the lock.
+            holding.__cxa_thread_atexit_impl(ctypes.cast(holding.usleep, ctypes.c_void_p), ctypes.c_void_p(200_000), None)
+            paths.append(b"/proc/self/task/%d" % threading.get_native_id())
+        paths = []
+        holding = ctypes.PyDLL(None)  # its calls keep the lock
+        sys.setswitchinterval(1e3)  # and nothing else gives it away
+        _thread.start_new_thread(main, ())
+        while not paths or _thread._count():
+            time.sleep(0.001)
+        end = time.monotonic() + 10
+        while holding.access(paths[0], os.F_OK) == 0 and time.monotonic() < end:
+            holding.usleep(1000)
+        print("ended" if time.monotonic() < end else "waits")
+    """
+    (folder / "program.py").write_text(textwrap.dedent(text))
+    done = run(folder, "program.py", python=())
+    assert done.stdout == "ended\n", done.stderr
+
+
 def test_a_hazard_in_a_thread_is_an_error_there_and_in_the_status(folder):
     done, _ = watched(folder, "import threading\nfrom steps import step\nthreading.Thread(target=step).start()\n", mode="raise")
     assert done.returncode == HAZARDS and "Exception in thread" in done.stderr
