@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "../dispatch.h"
@@ -29,12 +30,13 @@ struct BackwardPass {
   const DType math = opmath_dtype(plan.dtype);
   const int64_t math_size = dtype_size[int(math)];
   const Split split = choose_split(plan);
-  const Cut cut = choose_cut(plan.shape, split);
+  const Cut cut;
   Gradient gradients[3];
   int count = 0;
   std::unique_ptr<char[]> sums;
 
-  explicit BackwardPass(const BackwardPlan& backward_plan) : plan(backward_plan) {
+  BackwardPass(const BackwardPlan& backward_plan, bool transposed)
+      : plan(backward_plan), cut(choose_cut(plan.shape, split, transposed)) {
     for (int i = 0; i < 3; ++i) {
       if (plan.wanted[i]) {
         add_gradient(i);
@@ -168,6 +170,9 @@ struct BackwardPass {
                                        : 0;
         sizes.factor = std::max(sizes.factor, bytes);
       }
+      if (gradient.reduced && gradient.out->strides[0] > 1) {
+        sizes.out = std::max(sizes.out, Scratch::aligned(elements * math_size));
+      }
       if (gradient.copied) {
         sizes.out = std::max(sizes.out, Scratch::aligned(block_bytes(*gradient.out, plan.dtype, elements)));
       }
@@ -258,7 +263,7 @@ struct BackwardPass {
         block.factor = read_block(shape, *gradient.factor, plan.dtype, index, rows, n, buffers.factor, block.factor_stride);
       }
       if (gradient.reduced) {
-        add_block(chunk, gradient, kind, index, block);
+        add_block(chunk, gradient, kind, index, block, buffers.out);
         move_on(gradient, number, block);
       } else {
         store_block(gradient, kind, index, block, buffers.out);
@@ -266,7 +271,8 @@ struct BackwardPass {
     }
   }
 
-  void add_block(int64_t chunk, const Gradient& gradient, RowFactor kind, const Index& index, BackwardBlock& block) const {
+  void add_block(int64_t chunk, const Gradient& gradient, RowFactor kind, const Index& index, BackwardBlock& block,
+                 char* buffer) const {
     const int64_t stride = gradient.out->strides[0];
     const int64_t offset = chunk * gradient.sums_per_chunk + offset_of(plan.shape, *gradient.out, index);
     block.target = gradient.sums + offset * math_size;
@@ -277,7 +283,7 @@ struct BackwardPass {
     } else if (stride == 1) {
       rows[kAddColumns](block);
     } else {
-      add_strided_columns(rows[kAddSum], kind, stride, block);
+      add_strided_columns(rows[kAddColumns], stride, block, buffer);
     }
   }
 
@@ -324,19 +330,16 @@ struct BackwardPass {
     }
   }
 
-  // The sum's elements are not adjacent along the row: one element at a time.
-  void add_strided_columns(BackwardRows add_sum, RowFactor kind, int64_t stride, BackwardBlock block) const {
-    const int64_t n = block.n;
-    const bool moves = kind == kFactorOwn || kind == kFactorMath;
-    const DType factor_dtype = kind == kFactorOwn ? plan.dtype : math;
-    const int64_t factor_size = moves ? dtype_size[int(factor_dtype)] : 0;
-    block.n = 1;
-    for (int64_t column = 0; column < n; ++column) {
-      add_sum(block);
-      block.grad = static_cast<const char*>(block.grad) + dtype_size[int(plan.dtype)];
-      block.factor = static_cast<const char*>(block.factor) + factor_size;
-      block.target = static_cast<char*>(block.target) + stride * math_size;
-    }
+  // The sum's elements are not adjacent along the row: the block's own sums are made in the buffer first.
+  void add_strided_columns(BackwardRows add_columns, int64_t stride, BackwardBlock block, char* buffer) const {
+    const Steps steps = {stride, block.target_stride};
+    char* const target = static_cast<char*>(block.target);
+    const int64_t rows = steps.row == 0 ? 1 : block.rows;
+    std::memset(buffer, 0, rows * block.n * math_size);
+    block.target = buffer;
+    block.target_stride = steps.row == 0 ? 0 : block.n;
+    add_columns(block);
+    safe_inplace::add_block(math, target, steps, buffer, {1, block.n}, block.n, rows);
   }
 
   void store_block(const Gradient& gradient, RowFactor kind, const Index& index, BackwardBlock& block, char* buffer) const {
@@ -371,30 +374,20 @@ struct BackwardPass {
           }
           sum = sum + part;
         }
-        store(gradient.out->dtype, gradient.out->data, i, sum);
+        store_sum(gradient.out->dtype, gradient.out->data, i, sum);
       }
     });
-  }
-
-  template <class M>
-  static void store(DType, void* out, int64_t i, M value) {
-    static_cast<M*>(out)[i] = value;
-  }
-  static void store(DType dtype, void* out, int64_t i, float value) {
-    if (dtype == DType::Half) {
-      static_cast<Half*>(out)[i] = narrow<Half>(value);
-    } else if (dtype == DType::BFloat16) {
-      static_cast<BFloat16*>(out)[i] = narrow<BFloat16>(value);
-    } else {
-      static_cast<float*>(out)[i] = value;
-    }
   }
 };
 
 } // namespace
 
 void backward_on_cpu(const BackwardPlan& plan) {
-  BackwardPass(plan).run();
+  const int dim = plan.shape.ndim > 1 ? transposed_dim(plan) : 0;
+  if (dim != 0) {
+    return BackwardPass(with_rows_along(dim, plan), true).run();
+  }
+  BackwardPass(plan, false).run();
 }
 
 } // namespace safe_inplace

@@ -8,8 +8,8 @@
 #include <optional>
 
 #include "../dispatch.h"
+#include "blocks.h"
 #include "kernels.h"
-#include "walk.h"
 
 namespace safe_inplace {
 namespace {
@@ -18,25 +18,6 @@ namespace {
 constexpr int64_t kBlock = 512;
 // A row shorter than this is not worth a call of its own.
 constexpr int64_t kShortRow = 48;
-
-// Copies n elements, starting at index and running over row ends, between memory laid out as arg says and a
-// contiguous buffer.
-template <bool to_buffer>
-void copy_elements(const Shape& shape, const Arg& arg, Index index, char* buffer, int64_t n) {
-  const int64_t size = dtype_size[int(arg.dtype)];
-  while (n > 0) {
-    const int64_t run = std::min(n, shape.sizes[0] - index[0]);
-    char* const data = address(arg, offset_of(shape, arg, index));
-    if constexpr (to_buffer) {
-      copy_strided(arg.dtype, buffer, 1, data, arg.strides[0], run);
-    } else {
-      copy_strided(arg.dtype, data, arg.strides[0], buffer, 1, run);
-    }
-    buffer += run * size;
-    n -= run;
-    next_row(shape, index);
-  }
-}
 
 bool varies_only_along_rows(const Shape& shape, const Arg& arg) {
   return std::all_of(arg.strides + 1, arg.strides + shape.ndim, [](int64_t stride) { return stride == 0; });
@@ -49,10 +30,10 @@ bool is_constant(const Shape& shape, const Arg& arg) {
 // n elements, starting at index and running over row ends, as those of the dtype; `buffer` holds them, and what is widened behind them.
 void read_elements(const Shape& shape, const Arg& arg, DType dtype, const Index& index, char* buffer, int64_t n) {
   if (arg.dtype == dtype) {
-    return copy_elements<true>(shape, arg, index, buffer, n);
+    return copy_elements<true>(shape, arg, index, n, buffer);
   }
   char* const narrow = buffer + n * dtype_size[int(dtype)];
-  copy_elements<true>(shape, arg, index, narrow, n);
+  copy_elements<true>(shape, arg, index, n, narrow);
   widen_row(arg.dtype, narrow, n, buffer);
 }
 
@@ -64,6 +45,9 @@ struct Walk {
   // the buffer. Going back to the start of a short vector for every row derails the prefetching of the input: 3.35 ms
   // instead of 2.76 for 64 MiB of half in rows of 512 (one Zen 4 core).
   int64_t stack = 1;
+  bool transposed = false; // an operand, or what is written
+  // Elements that pass through a buffer at a time.
+  int64_t block = kBlock;
 };
 
 // An operand of the forward loops for one thread: what the loops will be handed, and the buffer behind it.
@@ -92,7 +76,7 @@ struct ForwardOperand {
     loaded = plan.dtype;
     const bool in_place = arg->dtype == plan.dtype && (walk.short_rows ? is_contiguous(*arg, shape) : arg->strides[0] == 1);
     source = in_place ? Memory : Copied;
-    bytes = in_place ? 0 : copied_bytes(std::min(kBlock, shape.numel));
+    bytes = in_place ? 0 : copied_bytes(std::min(walk.block, shape.numel));
   }
 
   void prepare(const ForwardPlan& plan, const Arg& operand, const Walk& walk) {
@@ -123,7 +107,7 @@ struct ForwardOperand {
     } else {
       source = narrower ? Copied : Memory;
     }
-    const int64_t block = std::min(kBlock, shape.numel);
+    const int64_t block = std::min(walk.block, shape.numel);
     bytes = limits_columns()                               ? copied_bytes(block)
             : source == OnePerRow && operand.dtype != math ? block * dtype_size[int(math)]
             : source == Repeated                           ? shape.sizes[0] * walk.stack * dtype_size[int(math)]
@@ -157,6 +141,9 @@ struct ForwardOperand {
       case OnePerRow:
         return one_per_row(*arg, data, row_stride, rows, buffer, stride);
       case Copied:
+        if (!walk.short_rows) {
+          return read_block(shape, *arg, loaded, index, rows, n, buffer, stride);
+        }
         read_elements(shape, *arg, loaded, index, buffer, n);
         return buffer;
       case Periodic:
@@ -185,9 +172,11 @@ struct ForwardOperand {
   }
 };
 
-Walk choose_walk(const ForwardPlan& plan) {
+Walk choose_walk(const ForwardPlan& plan, bool transposed) {
   const Shape& shape = plan.shape;
   Walk walk;
+  walk.transposed = transposed;
+  walk.block = transposed ? kTransposedBlock : kBlock;
   if (shape.ndim == 1) {
     return walk;
   }
@@ -212,21 +201,46 @@ Walk choose_walk(const ForwardPlan& plan) {
   return walk;
 }
 
+// A plan's elements in blocks.
+struct Blocks {
+  Cut cut;
+  Shape counts; // of blocks along each dimension
+
+  Blocks(const Shape& shape, const Walk& walk) : counts(shape) {
+    const int64_t height = shape.ndim > 1 ? shape.sizes[1] : 1;
+    cut = cut_box(shape.sizes[0], height, walk.transposed ? transposed_limits(height) : CutLimits{kBlock, kBlock, kBlock});
+    counts.numel = shape.numel / (shape.sizes[0] * height) * cut.column_blocks * cut.row_blocks;
+    counts.sizes[0] = cut.column_blocks;
+    counts.sizes[1] = cut.row_blocks;
+  }
+
+  // Where block `number` begins, and its size.
+  Index at(int64_t number, const Shape& shape, ForwardBlock& block) const {
+    Index index = index_of(counts, number);
+    index[0] *= cut.columns;
+    index[1] *= cut.rows;
+    block.n = std::min(cut.columns, shape.sizes[0] - index[0]);
+    block.rows = shape.ndim > 1 ? std::min(cut.rows, shape.sizes[1] - index[1]) : 1;
+    return index;
+  }
+};
+
 // A forward call: what is the same for all its threads.
 struct ForwardPass {
   const ForwardPlan& plan;
-  const Walk walk = choose_walk(plan);
+  const Walk walk;
   const bool in_place = plan.result.data == nullptr;
   const bool copy_result = is_copied(plan.written());
   const bool copy_kept = plan.kept.data != nullptr && is_copied(plan.kept);
-  const int64_t copied_bytes = Scratch::aligned(std::min(kBlock, plan.shape.numel) * dtype_size[int(plan.dtype)]);
-  bool limited = copy_result || copy_kept;
+  const int64_t copied_bytes = Scratch::aligned(std::min(walk.block, plan.shape.numel) * dtype_size[int(plan.dtype)]);
+  std::optional<Blocks> blocks; // the units of the work; else elements are
   std::optional<ForwardOperand> input; // where it is not the result
   ForwardOperand operands[2];
   ForwardRows forward_rows;
   alignas(16) char parameter[16];
 
-  explicit ForwardPass(const ForwardPlan& forward_plan) : plan(forward_plan) {
+  ForwardPass(const ForwardPlan& forward_plan, bool transposed) : plan(forward_plan), walk(choose_walk(plan, transposed)) {
+    bool limited = copy_result || copy_kept;
     for (int i = 0; i < 2; ++i) {
       operands[i].prepare(plan, plan.operands[i], walk);
       limited = limited || operands[i].limits_columns();
@@ -235,6 +249,9 @@ struct ForwardPass {
       input.emplace().prepare_input(plan, walk);
       limited = limited || input->limits_columns();
     }
+    if (limited && !walk.short_rows) {
+      blocks.emplace(plan.shape, walk);
+    }
     store_number(plan.dtype, plan.parameter, parameter);
     forward_rows = row_table().forward[plan.op][int(plan.dtype)][operands[0].kind][operands[1].kind];
     TORCH_INTERNAL_ASSERT_DEBUG_ONLY(forward_rows != nullptr);
@@ -242,26 +259,38 @@ struct ForwardPass {
 
   bool is_copied(const Arg& arg) const { return walk.short_rows ? !is_contiguous(arg, plan.shape) : arg.strides[0] != 1; }
 
+  int64_t units() const { return blocks ? blocks->counts.numel : plan.shape.numel; }
+  int64_t grain() const { return blocks ? kGrain / (blocks->cut.columns * blocks->cut.rows) : kGrain; }
+
   // What a thread needs in buffers.
   int64_t scratch_bytes() const {
     return Scratch::aligned(operands[0].bytes) + Scratch::aligned(operands[1].bytes) +
            (input ? Scratch::aligned(input->bytes) : 0) + (copy_result ? copied_bytes : 0) + (copy_kept ? copied_bytes : 0);
   }
 
-  void bound(ForwardBlock& block, const Index& index, int64_t left) const;
+  template <bool to_buffer>
+  void copy(const Arg& arg, const Index& index, const ForwardBlock& block, char* buffer) const {
+    if (blocks) {
+      copy_rows<to_buffer>(plan.shape, arg, index, block.rows, block.n, buffer);
+    } else {
+      copy_elements<to_buffer>(plan.shape, arg, index, block.n, buffer);
+    }
+  }
+
+  Index rows_at(int64_t element, int64_t end, ForwardBlock& block) const;
   void run(int64_t begin, int64_t end, char* scratch) const;
 };
 
-// How many rows of how many elements come next, of those that are left.
-void ForwardPass::bound(ForwardBlock& block, const Index& index, int64_t left) const {
+// The rows that begin at an element, of those up to the end.
+Index ForwardPass::rows_at(int64_t element, int64_t end, ForwardBlock& block) const {
+  const Index index = index_of(plan.shape, element);
+  const int64_t left = end - element;
   const int64_t inner = plan.shape.sizes[0];
   const int64_t to_row_end = inner - index[0];
   block.rows = 1;
   if (walk.short_rows) {
     // Whole rows, so that what is periodic always starts at the same phase.
-    block.n = std::min(left, index[0] == 0 ? kBlock / inner * inner : to_row_end);
-  } else if (limited) {
-    block.n = std::min({left, to_row_end, kBlock});
+    block.n = std::min(left, index[0] == 0 ? walk.block / inner * inner : to_row_end);
   } else if (index[0] == 0 && left > inner && plan.shape.ndim > 1) {
     const int64_t rows = std::min(left / inner, plan.shape.sizes[1] - index[1]);
     block.n = inner * std::min(rows, walk.stack);
@@ -269,9 +298,10 @@ void ForwardPass::bound(ForwardBlock& block, const Index& index, int64_t left) c
   } else {
     block.n = std::min(left, to_row_end);
   }
+  return index;
 }
 
-// Over the elements [begin, end) in the plan's order.
+// Over the units [begin, end) in the plan's order.
 void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
   const Shape& shape = plan.shape;
   const auto next_buffer = [&](int64_t bytes) {
@@ -297,51 +327,65 @@ void ForwardPass::run(int64_t begin, int64_t end, char* scratch) const {
   block.result_stride = shape.ndim > 1 ? written.strides[1] * walk.stack : 0;
   block.kept_stride = shape.ndim > 1 ? plan.kept.strides[1] * walk.stack : 0;
 
-  for (int64_t at = begin; at < end; at += block.rows * block.n) {
-    const Index index = index_of(shape, at);
-    bound(block, index, end - at);
+  for (int64_t at = begin; at < end; at += blocks ? 1 : block.rows * block.n) {
+    const Index index = blocks ? blocks->at(at, shape, block) : rows_at(at, end, block);
     for (int i = 0; i < 2; ++i) {
       block.operands[i] = own[i].at(shape, index, walk, block.rows, block.n, block.operand_strides[i]);
     }
-    block.result = copy_result ? result_buffer : address(written, offset_of(shape, written, index));
+    block.result = address(written, offset_of(shape, written, index));
+    if (copy_result) {
+      block.result = result_buffer;
+      block.result_stride = block.n;
+    }
     if (own_input) {
       block.input = own_input->at(shape, index, walk, block.rows, block.n, block.input_stride);
     } else {
       block.input = block.result;
       block.input_stride = block.result_stride;
       if (copy_result) {
-        copy_elements<true>(shape, written, index, result_buffer, block.n);
+        copy<true>(written, index, block, result_buffer);
       }
     }
-    if (plan.kept.data != nullptr) {
-      block.kept = copy_kept ? kept_buffer : address(plan.kept, offset_of(shape, plan.kept, index));
+    if (copy_kept) {
+      block.kept = kept_buffer;
+      block.kept_stride = block.n;
+    } else if (plan.kept.data != nullptr) {
+      block.kept = address(plan.kept, offset_of(shape, plan.kept, index));
     }
     forward_rows(block);
     if (copy_result) {
-      copy_elements<false>(shape, written, index, result_buffer, block.n);
+      copy<false>(written, index, block, result_buffer);
     }
     if (copy_kept) {
-      copy_elements<false>(shape, plan.kept, index, kept_buffer, block.n);
+      copy<false>(plan.kept, index, block, kept_buffer);
     }
   }
 }
 
-} // namespace
-
-void forward_on_cpu(const ForwardPlan& plan) {
+void run_forward(const ForwardPlan& plan, bool transposed) {
   if (plan.kept.data != nullptr) {
     prefer_large_pages(plan.kept, plan.shape.numel);
   }
   if (plan.result.data != nullptr) {
     prefer_large_pages(plan.result, plan.shape.numel);
   }
-  const ForwardPass pass(plan);
+  const ForwardPass pass(plan, transposed);
   if (plan.shape.numel <= kGrain) {
     Scratch scratch(pass.scratch_bytes(), 1);
-    return pass.run(0, plan.shape.numel, scratch.part());
+    return pass.run(0, pass.units(), scratch.part());
   }
   Scratch scratch(pass.scratch_bytes(), at::get_num_threads());
-  at::parallel_for(0, plan.shape.numel, kGrain, [&](int64_t begin, int64_t end) { pass.run(begin, end, scratch.part()); });
+  at::parallel_for(0, pass.units(), pass.grain(), [&](int64_t begin, int64_t end) { pass.run(begin, end, scratch.part()); });
+}
+
+} // namespace
+
+void forward_on_cpu(const ForwardPlan& plan) {
+  const int dim = plan.shape.ndim > 1 ? transposed_dim(plan) : 0;
+  if (dim > 1) {
+    return run_forward(with_rows_along(dim, plan), true);
+  }
+  run_forward(plan, dim != 0);
 }
 
 } // namespace safe_inplace

@@ -32,4 +32,20 @@ struct Gradient {
   alignas(16) char multiplier[16];
 };
 
+// A sum as the element i of a gradient.
+template <class M>
+void store_sum(DType, void* out, int64_t i, M value) {
+  static_cast<M*>(out)[i] = value;
+}
+
+inline void store_sum(DType dtype, void* out, int64_t i, float value) {
+  if (dtype == DType::Half) {
+    static_cast<Half*>(out)[i] = narrow<Half>(value);
+  } else if (dtype == DType::BFloat16) {
+    static_cast<BFloat16*>(out)[i] = narrow<BFloat16>(value);
+  } else {
+    static_cast<float*>(out)[i] = value;
+  }
+}
+
 } // namespace safe_inplace

@@ -5,10 +5,8 @@
 namespace safe_inplace {
 namespace {
 
-// Rows and columns that a block of the backward pass covers at most.
-constexpr int64_t kBlockColumns = 2048;
-constexpr int64_t kBlockRows = 1024;
-constexpr int64_t kBlockElements = 4096;
+// What a block of the backward pass covers at most.
+constexpr CutLimits kLimits = {2048, 1024, 4096};
 
 int64_t partial_elements(const BackwardPlan& plan, const Split& split) {
   int64_t elements = 0;
@@ -53,22 +51,11 @@ Split choose_split(const BackwardPlan& plan) {
   return best;
 }
 
-Cut choose_cut(const Shape& shape, const Split& split) {
+Cut choose_cut(const Shape& shape, const Split& split, bool transposed) {
   const auto extent = [&](int dim) {
     return dim >= shape.ndim ? 1 : split.dim == dim ? std::min(split.step, shape.sizes[dim]) : shape.sizes[dim];
   };
-  const int64_t width = extent(0), height = extent(1);
-  Cut cut;
-  cut.columns = width;
-  if (width > kBlockColumns) {
-    // Even parts of whole cache lines.
-    const int64_t parts = (width + kBlockColumns - 1) / kBlockColumns;
-    cut.columns = (width + parts * 64 - 1) / (parts * 64) * 64;
-  }
-  cut.rows = std::min({height, kBlockRows, std::max<int64_t>(1, kBlockElements / cut.columns)});
-  cut.column_blocks = (width + cut.columns - 1) / cut.columns;
-  cut.row_blocks = (height + cut.rows - 1) / cut.rows;
-  return cut;
+  return cut_box(extent(0), extent(1), transposed ? transposed_limits(extent(1)) : kLimits);
 }
 
 } // namespace safe_inplace

@@ -2,7 +2,7 @@
 // of threads, so that a sum is the same bits whoever computes it.
 #pragma once
 
-#include "walk.h"
+#include "blocks.h"
 
 namespace safe_inplace {
 
@@ -15,13 +15,6 @@ struct Split {
 Split choose_split(const BackwardPlan& plan);
 
 // How a chunk is cut into blocks: as the largest chunk asks for, so that all are cut alike.
-struct Cut {
-  int64_t columns = 1; // of a block
-  int64_t rows = 1;
-  int64_t column_blocks = 1; // side by side in a chunk
-  int64_t row_blocks = 1;
-};
-
-Cut choose_cut(const Shape& shape, const Split& split);
+Cut choose_cut(const Shape& shape, const Split& split, bool transposed);
 
 } // namespace safe_inplace

@@ -49,59 +49,6 @@ void load_opmath(DType dtype, const char* data, void* out) {
   with_dtype(dtype, [&]<class T>(T) { *static_cast<OpMath<T>*>(out) = widen(*reinterpret_cast<const T*>(data)); });
 }
 
-const char* read_block(const Shape& shape, const Arg& arg, DType dtype, const Index& index, int64_t rows, int64_t n, char* buffer,
-                       int64_t& stride) {
-  const char* const data = address(arg, offset_of(shape, arg, index));
-  const int64_t row_stride = shape.ndim > 1 ? arg.strides[1] : 0;
-  const bool narrower = is_narrower(arg.dtype, dtype);
-  const bool adjacent = arg.strides[0] == 1 || n == 1;
-  if (adjacent && !narrower) {
-    stride = row_stride;
-    return data;
-  }
-  const int64_t size = dtype_size[int(arg.dtype)];
-  const int64_t wide = narrower ? dtype_size[int(dtype)] : size;
-  char* const staged = buffer + (narrower ? rows * n * wide : 0); // one row
-  stride = row_stride == 0 ? 0 : n;
-  for (int64_t row = 0; row < (row_stride == 0 ? 1 : rows); ++row) {
-    const char* const from = data + row * row_stride * size;
-    char* const to = buffer + row * n * wide;
-    if (!adjacent) {
-      copy_strided(arg.dtype, narrower ? staged : to, 1, from, arg.strides[0], n);
-    }
-    if (narrower) {
-      widen_row(arg.dtype, adjacent ? from : staged, n, to);
-    }
-  }
-  return buffer;
-}
-
-void write_block(const Shape& shape, const Arg& arg, DType dtype, const Index& index, int64_t rows, int64_t n, char* buffer) {
-  char* const data = address(arg, offset_of(shape, arg, index));
-  const int64_t row_stride = shape.ndim > 1 ? arg.strides[1] : 0;
-  const bool narrower = is_narrower(arg.dtype, dtype);
-  const bool adjacent = arg.strides[0] == 1;
-  const int64_t size = dtype_size[int(arg.dtype)];
-  const int64_t wide = narrower ? dtype_size[int(dtype)] : size;
-  char* const staged = buffer + rows * n * wide; // one row
-  for (int64_t row = 0; row < rows; ++row) {
-    const char* from = buffer + row * n * wide;
-    char* const to = data + row * row_stride * size;
-    if (narrower) {
-      row_table().narrow[int(arg.dtype)](from, adjacent ? to : staged, n);
-      from = staged;
-    }
-    if (!narrower || !adjacent) {
-      copy_strided(arg.dtype, to, arg.strides[0], from, 1, n);
-    }
-  }
-}
-
-int64_t block_bytes(const Arg& arg, DType dtype, int64_t elements) {
-  const int64_t size = dtype_size[int(arg.dtype)];
-  return elements * (is_narrower(arg.dtype, dtype) ? dtype_size[int(dtype)] + size : size);
-}
-
 const void* one_per_row(const Arg& arg, const char* from, int64_t row_stride, int64_t rows, char* buffer, int64_t& stride) {
   const DType math = opmath_dtype(arg.dtype);
   if (arg.dtype == math) {

@@ -58,29 +58,6 @@ inline bool is_narrower(DType operand, DType dtype) {
   return dtype_size[int(operand)] < dtype_size[int(dtype)];
 }
 
-// The strides count elements.
-template <class Word>
-void copy_strided(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n) {
-  auto* out = reinterpret_cast<Word*>(to);
-  const auto* in = reinterpret_cast<const Word*>(from);
-  for (int64_t i = 0; i < n; ++i) {
-    out[i * to_stride] = in[i * from_stride];
-  }
-}
-
-inline void copy_strided(DType dtype, char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n) {
-  switch (dtype_size[int(dtype)]) {
-    case 2:
-      return copy_strided<uint16_t>(to, to_stride, from, from_stride, n);
-    case 4:
-      return copy_strided<uint32_t>(to, to_stride, from, from_stride, n);
-    case 8:
-      return copy_strided<uint64_t>(to, to_stride, from, from_stride, n);
-    default:
-      return copy_strided<std::array<uint64_t, 2>>(to, to_stride, from, from_stride, n);
-  }
-}
-
 using Index = std::array<int64_t, kMaxDims>;
 
 inline Index index_of(const Shape& shape, int64_t linear) {
@@ -92,9 +69,10 @@ inline Index index_of(const Shape& shape, int64_t linear) {
   return index;
 }
 
-// Moves to the next row: everything but dimension 0.
-inline void next_row(const Shape& shape, Index& index) {
+// Moves by some rows, at most those that are left in dimension 1.
+inline void next_row(const Shape& shape, Index& index, int64_t rows) {
   index[0] = 0;
+  index[1] += rows - 1;
   for (int dim = 1; dim < shape.ndim; ++dim) {
     if (++index[dim] < shape.sizes[dim]) {
       return;
@@ -119,17 +97,6 @@ inline bool repeats_row(const Shape& shape, const Arg& arg) {
 inline char* address(const Arg& arg, int64_t offset) {
   return static_cast<char*>(arg.data) + offset * dtype_size[int(arg.dtype)];
 }
-
-// Where the `rows` rows of n elements at index stand, contiguous along the row and no narrower than the dtype (through the
-// buffer if they are not), and the stride from row to row.
-const char* read_block(const Shape& shape, const Arg& arg, DType dtype, const Index& index, int64_t rows, int64_t n, char* buffer,
-                       int64_t& stride);
-
-// The other way: rows of n elements in the buffer, narrowed where the tensor is narrower than the dtype.
-void write_block(const Shape& shape, const Arg& arg, DType dtype, const Index& index, int64_t rows, int64_t n, char* buffer);
-
-// What these need of a buffer for that many elements.
-int64_t block_bytes(const Arg& arg, DType dtype, int64_t elements);
 
 // What does not vary along a row: its values for some rows, in the arithmetic dtype.
 const void* one_per_row(const Arg& arg, const char* from, int64_t row_stride, int64_t rows, char* buffer, int64_t& stride);
