@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from .checks import assert_close, grad_tolerance
+from .checks import assert_bit_equal, assert_close, grad_tolerance
 from .layouts import COMPLEX, FLOATING, LAZY, MEDIUM, SMALL, random_tensor, short
 from .op_table import OPS
 
@@ -182,6 +182,38 @@ def test_gradients_equal_float64(op, dtype, device):
             assert a.dtype == tensor.dtype and a.shape == tensor.shape
             terms = max(1, grad_output.numel() // max(1, tensor.numel()))
             assert_close(a, e, grad_tolerance(dtype, terms))
+
+
+def laid_out(tensor, order):
+    """The same values, the dimensions in memory from the outermost to the innermost as named."""
+    return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
+
+
+# What the operands are broadcast along: everything, channels, positions, samples, nothing.
+BROADCAST = [(1, 1, 1), (1, 40, 1, 1), (1, 40, 9, 8), (1, 9, 1), (3, 40, 1, 1), (3, 40, 9, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=short)
+@pytest.mark.parametrize("op", OPS, **op_ids)
+def test_gradients_in_another_order_of_memory_than_the_values(op, dtype, device):
+    """Of each element the same bits in any order, and of sums the same value."""
+    orders = [(0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0), (0, 2, 1, 3)]
+    for small in BROADCAST:
+        values = [random_tensor((3, 40, 9, 8), dtype, device)]
+        values += [random_tensor(small, dtype, device) for _ in op.operands]
+        grad_output = random_tensor((3, 40, 9, 8), dtype, device)
+        exact = reference_grads(op, values, grad_output, {})
+        first = None
+        for order, of_grad, of_small in itertools.product(orders, orders, orders[::2]):
+            tensors = [laid_out(values[0], order), *(laid_out(t, of_small) if t.dim() == 4 else t for t in values[1:])]
+            tensors = [t.detach().requires_grad_() for t in tensors]
+            result = op.function(keep_memory(tensors[0]), *tensors[1:])
+            actual = torch.autograd.grad(result, tensors, laid_out(grad_output, of_grad))
+            first = first or actual
+            for a, f, e in zip(actual, first, exact, strict=True):
+                if a.numel() == grad_output.numel():
+                    assert_bit_equal(a, f)
+                assert_close(a, e, grad_tolerance(dtype, grad_output.numel() // a.numel()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=short)

@@ -1,4 +1,4 @@
-"""Layouts at their limits: any number of dimensions, inputs that overlap themselves, memory that is gone."""
+"""Layouts at their limits: any number of dimensions or order of memory, inputs that overlap themselves, memory that is gone."""
 
 import itertools
 import random
@@ -6,9 +6,11 @@ import random
 import pytest
 import torch
 
+import safe_inplace
+
 from .checks import Untouched, assert_bit_equal
 from .layouts import random_tensor, short
-from .op_table import BY_NAME, OPS
+from .op_table import BY_NAME, OPS, Op
 
 op_ids = {"ids": lambda op: op.name}
 OVERLAP = "more than one element of the written-to tensor"
@@ -66,6 +68,74 @@ def test_any_rank_of_an_input_that_is_not_dense(op, rank):
         few, operands = squeezed(view).detach(), [torch.rand_like(view) for _ in op.operands]
         op.function(view, *operands)
         torch.testing.assert_close(view.squeeze(), op.out_of_place(few, *(operand.squeeze() for operand in operands)))
+
+
+# ---- tensors whose elements lie in different orders
+
+ORDERS = {
+    "dense": (0, 1, 2, 3),
+    "channels_last": (0, 2, 3, 1),
+    "transposed": (0, 1, 3, 2),
+    "reversed": (3, 2, 1, 0),
+    "first in the middle": (1, 0, 2, 3),
+}
+# Blocks of rows end within each: few and many rows, short and long ones, colours, small images.
+SIZES = [(2, 300, 7, 7), (1, 3, 20, 1100), (2, 3, 30, 40), (3, 65, 9, 17), (2, 2, 2, 700)]
+
+
+def ordered(tensor, order):
+    """The same values, the dimensions in memory from the outermost to the innermost as named; a part of a larger storage."""
+    inverse = [order.index(dim) for dim in range(4)]
+    dense = tensor.permute(order)
+    around = torch.full((dense.numel() + 2,), 7, dtype=tensor.dtype)
+    around[1:-1] = dense.reshape(-1)
+    return around[1:-1].view(dense.shape).permute(inverse)
+
+
+def every_order(shape, dtype, operand_dtype, count):
+    """Tensors of the same values in pairs of orders, and expanded and stepped operands."""
+    values = [random_tensor(shape, dtype), *(random_tensor(shape, operand_dtype) for _ in range(count))]
+    for first, second in itertools.product(ORDERS.values(), repeat=2):
+        yield [ordered(values[0], first), *(ordered(value, second) for value in values[1:])]
+    for first in ORDERS.values():
+        stepped = [torch.stack((value, value), -1)[..., 1] for value in values[1:]]
+        yield [ordered(values[0], first), *stepped]
+        for dims in ((3,), (1,), (2, 3), (0, 1, 2, 3)):
+            sizes = [1 if dim in dims else size for dim, size in enumerate(shape)]
+            yield [ordered(values[0], first), *(random_tensor(sizes, operand_dtype).expand(shape) for _ in values[1:])]
+
+
+# dtypes of the input and of the operands. A product of complex numbers may round another way where it is constant along the row.
+MEETING = [
+    (op, dtypes)
+    for op in OPS
+    for dtypes in [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float64),
+        (torch.complex128, torch.complex128),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ]
+    if op.name == "add_" or not dtypes[0].is_complex
+]
+
+
+@pytest.mark.parametrize("op, dtypes", MEETING, ids=lambda of: of.name if isinstance(of, Op) else "_".join(map(short, of)))
+def test_the_order_of_memory_does_not_show_in_the_bits(op, dtypes, two_threads):
+    fresh = getattr(safe_inplace, op.name.removesuffix("_"))
+    for shape in SIZES:
+        for tensors in every_order(shape, *dtypes, len(op.operands)):
+            expected = op.function(*(tensor.contiguous().clone() for tensor in tensors))
+            assert_bit_equal(fresh(*tensors).to(expected.dtype), expected)
+            written = ordered(tensors[0], sorted(range(4), key=lambda dim: -tensors[0].stride(dim)))
+            leaf = torch.ones((), dtype=dtypes[0], requires_grad=True)
+            recorded = op.function(written * leaf, *tensors[1:])  # where an op keeps the old value, it is written too
+            assert_bit_equal(recorded.detach(), expected)
+            op.function(written, *tensors[1:])
+            assert_bit_equal(written, expected)
+            around = written.as_strided((written.numel() + 2,), (1,), 0)
+            assert around[0] == around[-1] == 7
 
 
 # ---- inputs that overlap themselves

@@ -23,7 +23,15 @@ def prepare(op, layout, dtype, device):
     return [t.detach().requires_grad_() for t in tensors], grad_output
 
 
-@pytest.mark.parametrize("layout", LARGE, ids=str)
+# The gradient is contiguous, the input not.
+TRANSPOSED = [
+    Layout("positions_nhwc", (16, 37, 29, 31), "channels_last", (((37, 29, 31), "dense"),)),
+    Layout("colours_nhwc", (4, 3, 129, 131), "channels_last", (((3, 1, 1), "dense"),)),
+    Layout("rows_of_a_transposed", (700, 300), "transposed", (((700, 1), "dense"),)),
+]
+
+
+@pytest.mark.parametrize("layout", LARGE + TRANSPOSED, ids=str)
 @pytest.mark.parametrize("op", OPS, **op_ids)
 def test_the_same_bits_on_one_and_two_threads(op, layout, device):
     tensors, grad_output = prepare(op, layout, torch.float32, device)
@@ -76,6 +84,7 @@ LONG = {
     "channels": ((400, 8, 30, 31), "dense", (8, 1, 1)),
     "channels, channels_last": ((400, 8, 30, 31), "channels_last", (8, 1, 1)),
     "channels of small images": ((10_000, 6, 7, 7), "dense", (6, 1, 1)),
+    "positions, channels_last": ((6000, 8, 7, 7), "channels_last", (8, 7, 7)),
     "tokens": ((3, 15_000, 64), "dense", (3, 1, 64)),
     "two groups of dimensions": ((600, 5, 1000), "dense", (1, 5, 1)),
 }
