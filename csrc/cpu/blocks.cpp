@@ -113,6 +113,22 @@ void transpose(T* to, int64_t to_step, const T* from, int64_t from_step, int64_t
   }
 }
 
+// The cases that occur, each a loop of its own for the compiler.
+template <class Word>
+void copy_row(Word* to, int64_t to_step, const Word* from, int64_t from_step, int64_t n) {
+  if (to_step == 1 && from_step == 0) {
+    std::fill_n(to, n, *from);
+  } else if (to_step == 1) {
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = from[i * from_step];
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      to[i * to_step] = from[i * from_step];
+    }
+  }
+}
+
 template <class Word>
 void copy_words(char* to_bytes, Steps to_steps, const char* from_bytes, Steps from_steps, int64_t columns, int64_t rows) {
   auto* const to = reinterpret_cast<Word*>(to_bytes);
@@ -124,15 +140,7 @@ void copy_words(char* to_bytes, Steps to_steps, const char* from_bytes, Steps fr
     return transpose(to, to_steps.column, from, from_steps.row, columns, rows);
   }
   for (int64_t row = 0; row < rows; ++row) {
-    Word* const to_row = to + row * to_steps.row;
-    const Word* const from_row = from + row * from_steps.row;
-    if (from_steps.column == 0 && to_steps.column == 1) {
-      std::fill_n(to_row, columns, *from_row);
-      continue;
-    }
-    for (int64_t column = 0; column < columns; ++column) {
-      to_row[column * to_steps.column] = from_row[column * from_steps.column];
-    }
+    copy_row(to + row * to_steps.row, to_steps.column, from + row * from_steps.row, from_steps.column, columns);
   }
 }
 
