@@ -32,6 +32,12 @@ def images(numel: int) -> Shape:
     return numel // (channels * side**2), channels, side, side
 
 
+def small_images(numel: int) -> Shape:
+    side = min(8, 1 << ((numel.bit_length() - 1) // 4))
+    channels = min(512, numel // side**2)
+    return numel // (channels * side**2), channels, side, side
+
+
 def tokens(numel: int) -> Shape:
     batched, columns = rows(numel)
     length = min(256, max(1, batched // 4))
@@ -66,6 +72,8 @@ class Layout:
     shape: Callable[[int], Shape]
     operands: tuple[Callable[[Shape], Shape] | None, ...]
     memory_format: torch.memory_format = torch.contiguous_format
+    # Of the gradient and of operands as large as the input, where it is another one.
+    beside: torch.memory_format | None = None
 
     def operand(self, index: int, shape: Shape) -> Shape | None:
         of = self.operands[index % len(self.operands)]
@@ -88,8 +96,13 @@ LAYOUTS = {
         Layout("scalar", rows, (None,)),
         Layout("vector_and_full", rows, (vector, same)),
         Layout("full_and_vector", rows, (same, vector)),
+        Layout("nhwc_beside_nchw", images, (channel, same), torch.channels_last, beside=torch.contiguous_format),
+        Layout("nchw_beside_nhwc", images, (channel, same), beside=torch.channels_last),
+        Layout("small_nhwc_beside_nchw", small_images, (channel, same), torch.channels_last, beside=torch.contiguous_format),
+        Layout("small_nchw_beside_nhwc", small_images, (channel, same), beside=torch.channels_last),
     ]
 }
+MEETING = [name for name, layout in LAYOUTS.items() if layout.beside is not None]
 
 
 @dataclass(frozen=True)
@@ -235,6 +248,7 @@ def target_cases(device: torch.device) -> list[Case]:
             *product(["mul_add_"], ["last_dim_vector"], [float32], [TRAINING_STEP], training),
             *product(OPS, ["full", "last_dim_vector"], [float32], [16 * MiB], TRAINING[4:], compiled=False),
             *product(OPS, LAYOUTS, halves, [past_cache(device)], [FORWARD], compiled=False),
+            *product(["mul_add_"], MEETING, [float32, torch.bfloat16], [16 * MiB], training, compiled=False),
         ]
     )
 

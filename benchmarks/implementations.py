@@ -57,7 +57,9 @@ def implementations(case: Case, device: torch.device, compile: bool = True) -> d
         # On a GPU it is the same kernel but for the address that it stores to, and each costs seconds to compile.
         if not case.mode.grad and device.type == "cpu":
             found[COMPILED_IN_PLACE] = compiled(found[IN_PLACE])
-    if device.type == "cuda" and torch.cuda.is_available() and not case.mode.grad:
+    # The kernels for Triton walk all operands in the order of the input's memory.
+    in_order = case.layout.beside is None
+    if device.type == "cuda" and torch.cuda.is_available() and not case.mode.grad and in_order:
         from .triton_kernels import elementwise
 
         found[TRITON] = partial(elementwise, case)

@@ -150,14 +150,20 @@ class Workload:
         self.input = signs(case.shape, case.dtype, device).contiguous(memory_format=case.layout.memory_format)
         self.operands = [-1.0 if shape is None else self._operand(shape, case) for shape in case.operand_shapes()]
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.gradient = self.input.clone() if case.mode.backward else None
+        self.gradient = self._beside(self.input.clone()) if case.mode.backward else None
         self.clock = Clock() if device.type == "cpu" else CudaClock()
 
     def _operand(self, shape: tuple[int, ...], case: Case) -> torch.Tensor:
         operand = signs(shape, case.dtype, self.device)
         if operand.dim() == 4:
             operand = operand.contiguous(memory_format=case.layout.memory_format)
+        if shape == case.shape:
+            operand = self._beside(operand)
         return operand.requires_grad_(case.mode.trainable)
+
+    def _beside(self, tensor: torch.Tensor) -> torch.Tensor:
+        beside = self.case.layout.beside
+        return tensor if beside is None else tensor.contiguous(memory_format=beside)
 
     def node_output(self) -> torch.Tensor:
         alias = torch.empty(0, dtype=self.input.dtype, device=self.device)

@@ -320,7 +320,8 @@ def plot_ratio(path: Path, out: Path) -> None:
     table, size = Table(rows), largest_forward(rows)
     training = [("last_dim_vector", m) for m in TRAINED]
     lines = [("one call, grad on", ("full", CALL, RECORDED.name))]
-    lines += [(name.replace("_", " "), (name, size, "forward")) for name in LAYOUTS]
+    measured = {row.layout for row in rows}
+    lines += [(name.replace("_", " "), (name, size, "forward")) for name in LAYOUTS if name in measured]
     for layout, mode in training:
         lines.append(
             (

@@ -10,7 +10,7 @@ import torch
 
 from tests.op_table import BY_NAME, OPS
 
-from .cases import CALL, LAYOUTS, MODES, RECORDED, TRAINING, TRAINING_STEP, Case, same
+from .cases import CALL, LAYOUTS, MEETING, MODES, RECORDED, TRAINING, TRAINING_STEP, Case, same
 from .implementations import COMPILED, IN_PLACE, OURS, OUT_OF_PLACE
 from .results import Row, Table
 
@@ -37,6 +37,7 @@ def judge(rows: list[Row], about: dict[str, str]) -> list[Verdict]:
         *calls(table),
         *(cpu_forward(table, past_cache) if on_cpu else cuda_bandwidth(table, past_cache)),
         *(training(table) if on_cpu else ()),
+        *meeting(table),
         *peak_of_backward(rows),
         *saved(rows),
     ]
@@ -56,6 +57,7 @@ def calls(table: Table) -> Iterator[Verdict]:
 
 def forward_rows(table: Table, dtype: str, past_cache: int) -> list[Row]:
     rows = [r for r in table.rows if r.implementation == OURS and r.mode == "forward" and r.dtype == dtype and r.share]
+    rows = [r for r in rows if r.layout not in MEETING]
     return [r for r in rows if r.size == max(r.size for r in rows) and r.size >= past_cache]
 
 
@@ -88,9 +90,18 @@ def training(table: Table) -> Iterator[Verdict]:
                 yield Verdict(promise, f"{who}, gradient held by the {mode.holder}", target, ratio)
 
 
+def meeting(table: Table) -> Iterator[Verdict]:
+    promise = "a gradient or an operand in another order of memory: times faster than torch out of place"
+    for row in table.rows:
+        if row.implementation == OURS and row.layout in MEETING:
+            ratio = table.ratio(OUT_OF_PLACE, OURS, *row.case)
+            if ratio is not None:
+                yield Verdict(promise, f"{row.op} {row.layout} {row.dtype}, {row.mode}", 1.0, ratio)
+
+
 def cuda_bandwidth(table: Table, past_cache: int) -> Iterator[Verdict]:
     for row in table.rows:
-        if row.implementation != OURS or not row.share or row.size < past_cache:
+        if row.implementation != OURS or not row.share or row.size < past_cache or row.layout in MEETING:
             continue
         what = f"{row.op} {row.layout} {row.dtype} {row.size >> 20} MiB, {row.mode}"
         yield Verdict("bytes per second over a device copy's", what, 0.95, row.share)
