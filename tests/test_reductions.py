@@ -122,6 +122,43 @@ def units_off(op, shape, memory, operands, dtype, value, summed):
     return units
 
 
+# The input's, the operand's and the factor's shape, and what memory the gradient is in.
+COMMON = {
+    "columns": ((700, 37), (37,), (37,), "dense"),
+    "columns, stepped": ((700, 37), (37,), (37,), "stepped"),
+    "columns, transposed": ((700, 37), (37,), (37,), "transposed"),
+    "columns, one factor": ((700, 37), (37,), (1, 1), "dense"),
+    "rows": ((5, 9001), (5, 1), (5, 1), "dense"),
+    "rows, transposed": ((5, 9001), (5, 1), (5, 1), "transposed"),
+    "channels": ((9, 17, 7, 7), (17, 1, 1), (17, 1, 1), "dense"),
+    "channels, channels_last": ((9, 17, 7, 7), (17, 1, 1), (17, 1, 1), "channels_last"),
+    "positions, a factor for each row": ((9, 17, 7, 5), (7, 5), (7, 1), "channels_last"),
+    "two groups of dimensions": ((60, 5, 7, 11), (60, 1, 7, 1), (1, 1, 7, 1), "dense"),
+    "all": ((700, 37), (), (1,), "dense"),
+    "a number": ((700, 37), (37,), None, "dense"),
+}
+
+
+@pytest.mark.parametrize("dtype", OPMATH, ids=short)
+@pytest.mark.parametrize("shape, small, of_factor, memory", COMMON.values(), ids=COMMON)
+def test_a_factor_common_to_all_terms_multiplies_the_sum(shape, small, of_factor, memory, dtype):
+    """Rounded once, where a product for each term would round with each."""
+    wide = OPMATH[dtype]
+    for factor_dtype in {dtype, wide}:
+        # On every second of its elements, so that where it lies counts.
+        value = 1 / 3 if of_factor is None else torch.randn((*of_factor, 2)).to(factor_dtype)[..., 0]
+        x, ones = constant(shape, memory, 1, dtype), torch.ones(small, dtype=wide)
+        terms = x.numel() // ones.numel()
+        factor = torch.as_tensor(value, dtype=wide)
+        # addcmul_ takes no number.
+        for name, position in [("add_mul_", 0), *(("addcmul_", i) for i in range(2) if of_factor is not None)]:
+            operands = [value, value]
+            operands[position] = ones.clone().requires_grad_()
+            result = BY_NAME[name].function(x.clone(memory_format=torch.preserve_format), *operands)
+            (actual,) = torch.autograd.grad(result, operands[position], x)
+            assert_bit_equal(actual, (terms * ones * factor.conj()).reshape(small))
+
+
 # Chains of 16 at each of the levels, 32 in a block, 8 and 8 over chunks: half a unit for each addition if every rounding went
 # the same way and were the largest possible. Torch's own sums stay within 9, but for those that it takes in one chain.
 MOST_UNITS = 9

@@ -61,7 +61,9 @@ struct BackwardPass {
     if (derivative.factor != Factor::One) {
       gradient.factor = &plan.factors[int(derivative.factor)];
       const DType dtype = gradient.factor->dtype;
-      gradient.factor_kind = gradient.factor->data == nullptr                        ? kFactorOne
+      gradient.common_factor = gradient.reduced && has_common_factor(plan.shape, *gradient.factor, *gradient.out);
+      gradient.factor_kind = gradient.common_factor                                  ? kNoFactor
+                             : gradient.factor->data == nullptr                      ? kFactorOne
                              : dtype == plan.dtype || is_narrower(dtype, plan.dtype) ? kFactorOwn
                                                                                      : kFactorMath;
     }
@@ -359,6 +361,8 @@ struct BackwardPass {
     const int64_t numel = plan.numel[gradient.position];
     const int64_t partials = gradient.sums_per_chunk == 0 ? 1 : split.chunks;
     const M* const sums_of_chunks = reinterpret_cast<const M*>(gradient.sums);
+    const auto factors =
+        gradient.common_factor ? common_factors<M>(plan.shape, *gradient.factor, *gradient.out, numel) : std::unique_ptr<M[]>();
     at::parallel_for(0, numel, kGrain / (partials * gradient.levels) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         M sum{};
@@ -373,6 +377,9 @@ struct BackwardPass {
             part = part + levels;
           }
           sum = sum + part;
+        }
+        if (factors) {
+          sum = sum * conjugate(factors[i]);
         }
         store_sum(gradient.out->dtype, gradient.out->data, i, sum);
       }

@@ -1,6 +1,11 @@
 // One gradient of a backward pass, and how its sum is kept exact.
 #pragma once
 
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "../dispatch.h"
 #include "walk.h"
 
 namespace safe_inplace {
@@ -19,6 +24,7 @@ struct Gradient {
   const Arg* factor = nullptr; // null: nothing to multiply by but the number
   RowFactor factor_kind = kNoFactor;
   bool reduced = false;
+  bool common_factor = false; // it multiplies the sums
   int turn = 0; // what is written over the kept value follows its readers, what is written over the gradient is last
   bool copied = false; // stored through a buffer
   bool narrowed = false; // and rounded on the way out
@@ -31,6 +37,45 @@ struct Gradient {
   Index visits = {};
   alignas(16) char multiplier[16];
 };
+
+// Whether all terms of each sum have the same factor.
+inline bool has_common_factor(const Shape& shape, const Arg& factor, const Arg& out) {
+  for (int dim = 0; dim < shape.ndim; ++dim) {
+    if (out.strides[dim] == 0 && shape.sizes[dim] > 1 && factor.strides[dim] != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// That factor, for each element of the gradient.
+template <class M>
+std::unique_ptr<M[]> common_factors(const Shape& shape, const Arg& factor, const Arg& out, int64_t numel) {
+  std::unique_ptr<M[]> factors(new M[numel]);
+  if (factor.data == nullptr) {
+    std::fill_n(factors.get(), numel, Number<M>::from(factor.number));
+    return factors;
+  }
+  Shape kept = shape;
+  for (int dim = 0; dim < shape.ndim; ++dim) {
+    kept.sizes[dim] = out.strides[dim] == 0 ? 1 : shape.sizes[dim];
+  }
+  with_dtype(factor.dtype, [&]<class T>(T) {
+    if constexpr (std::is_same_v<OpMath<T>, M>) {
+      const T* const values = static_cast<const T*>(factor.data);
+      Index index = {};
+      for (int64_t left = numel; left > 0; left -= kept.sizes[0]) {
+        M* const to = factors.get() + offset_of(kept, out, index);
+        const T* const from = values + offset_of(kept, factor, index);
+        for (int64_t i = 0; i < kept.sizes[0]; ++i) {
+          to[i * out.strides[0]] = widen(from[i * factor.strides[0]]);
+        }
+        next_row(kept, index, 1);
+      }
+    }
+  });
+  return factors;
+}
 
 // A sum as the element i of a gradient.
 template <class M>
