@@ -432,14 +432,15 @@ def counts_text(counts: Iterable[int | None]) -> str:
 def steps_table(rows: list[StepRow]) -> str:
     """Every case: plain's time, how many times faster each other way is, and what was seen of all four."""
     on_device = any(row.launches is not None for row in rows)
-    header = ["model", "of", "dtype", "step", "largest input", "plain", *(f"{way}, times faster" for way in WAYS[1:])]
-    header += ["blocks", "peak memory", "takeovers", "CopySlices"]
+    header = ["model", "of", "dtype", "step", "largest input", "plain", "sums and products of it"]
+    header += [*(f"{way}, times faster" for way in WAYS[1:]), "blocks", "peak memory", "takeovers", "CopySlices"]
     header += ["in kernels", "launches", "copies"] if on_device else []
     body = []
     for case, ways in by_case(rows).items():
         seen = [ways[way] for way in WAYS]
         plain = ways[PLAIN]
         cells = [case[0], plain.library, *case[1:], bytes_text(plain.size), seconds_text(plain.p50)]
+        cells.append("-" if plain.sums is None else f"{plain.sums:.0%}")
         cells += [*(interval_text(row) for row in seen[1:]), str(ways[PATCHED].replaced)]
         cells += [" / ".join(bytes_text(row.peak) for row in seen)]
         cells += [counts_text(row.takeovers for row in seen), counts_text(row.copyslices for row in seen)]
@@ -483,7 +484,9 @@ def models_page(folder: Path = MODELS) -> str:
         "Written by `python -m benchmarks report` from the result files here. Each model of a library is built shallow, with "
         "random weights, and a step is forward and backward, or forward alone. Where four values stand in a cell they are of the "
         "plain model, of the same blocks with torch's best (`addcmul`, in-place methods), with the ops in place, and of "
-        "`patch(model)`. GPT-2 and Llama have no rule: their blocks were written with the ops for this measurement.",
+        "`patch(model)`. What a plain step spends in sums and products, as the profiler sees it, is the most that another way to "
+        "write them could save, if it took no time at all. GPT-2 and Llama have no rule: their blocks were written with the ops "
+        "for this measurement.",
     ]
     for path in result_files(folder):
         about, rows = read(path, StepRow)

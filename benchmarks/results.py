@@ -76,7 +76,8 @@ class Row(Measured):
 class StepRow:
     """Seconds of a step; ratio is plain's over it in the same round, low to high the interval of its median.
 
-    `size` is what the largest tensor has that goes into a block. What only a GPU's profile has is None on the CPU.
+    `size` is what the largest tensor has that goes into a block. What only a GPU's profile has is None on the CPU. `sums` is the
+    share of the time in operators that sums and products take, on the CPU.
     """
 
     family: str
@@ -99,6 +100,7 @@ class StepRow:
     kernel_time: float | None
     launches: int | None
     copies: int | None
+    sums: float | None = None
 
     @property
     def case(self) -> tuple:

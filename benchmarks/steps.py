@@ -27,6 +27,9 @@ from .runner import Effort, in_turns
 # As versions of torch call it.
 COPY_SLICES = ("CopySlices", "torch::autograd::CopySlices")
 
+# What a model's sums and products are to the profiler, forward and backward.
+SUMS = ("aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::sum")
+
 Clock = Callable[[], float]
 
 
@@ -152,6 +155,22 @@ def on_device(events: list[dict[str, Any]]) -> tuple[float, int, int]:
     return sum(event["dur"] for event in kernels) / 1e6, len(kernels), len(copies)
 
 
+def share_of_sums(events: list[dict[str, Any]]) -> float:
+    """Of the time in operators, that in sums and products: no other way to write these can save more."""
+
+    def seconds(events: list[dict[str, Any]]) -> float:
+        """What runs inside of another of them is counted once."""
+        total, end = 0.0, dict[int, float]()
+        for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+            if event["ts"] >= end.get(event["tid"], 0):
+                end[event["tid"]] = event["ts"] + event["dur"]
+                total += event["dur"]
+        return total
+
+    operators = [event for event in events if event.get("cat") == "cpu_op"]
+    return seconds([event for event in operators if event["name"] in SUMS]) / seconds(operators)
+
+
 def run_step(
     family: Family, scale: Scale, dtype: str, mode: str, device: torch.device, effort: Effort, clock: Clock = time.perf_counter
 ) -> list[StepRow]:
@@ -178,15 +197,17 @@ def run_step(
         found = [result, *(p.grad for p in model.parameters() if p.grad is not None)]
         expected = expected or found
         assert_same(found, expected, dtype)
-        events = trace(step, device=device.type == "cuda")
+        on_cuda = device.type == "cuda"
+        events = trace(step, device=on_cuda)
         seen[way] = {
             "replaced": replaced,
             "peak": peak_of(events, device),
             "takeovers": takeovers,
             "copyslices": sum(event["name"] in COPY_SLICES for event in events),
         }
-        kernels = on_device(events) if device.type == "cuda" else (None, None, None)
+        kernels = on_device(events) if on_cuda else (None, None, None)
         seen[way] |= dict(zip(("kernel_time", "launches", "copies"), kernels, strict=True))
+        seen[way]["sums"] = None if on_cuda else share_of_sums(events)
         if way == PATCHED:
             known = safe_inplace.explain(plain).replaced
             size = largest_input(plain, steps[PLAIN], _blocks(plain, family, [path for path, _ in known]))

@@ -495,6 +495,7 @@ def test_every_way_of_every_model_does_its_own(name):
     assert [row.replaced > 0 for row in training.values()] == [False, True, True, True]
     assert {row.copyslices for row in training.values()} == {0}
     assert all(row.size > 0 and row.peak > row.size and row.p50 > 0 for row in training.values())
+    assert 0 < training[results.PLAIN].sums < 1
     inference = run_tiny(name, "bfloat16", "inference")
     # What nobody needs afterwards is written over by the patched model alone: the others are told where.
     assert [row.takeovers > 0 for row in inference.values()] == [False, False, False, True]
@@ -522,6 +523,21 @@ def test_the_time_in_kernels_is_read_from_a_trace():
         {"cat": "cpu_op", "name": "aten::add", "dur": 9.0},
     ]
     assert steps.on_device(events) == (5e-6, 2, 1)
+
+
+def test_the_share_of_sums_and_products_is_read_from_a_trace():
+    events = [
+        {"cat": "cpu_op", "name": name, "ts": start, "dur": duration, "tid": thread}
+        for name, start, duration, thread in [
+            ("MulBackward0", 0.0, 10.0, 1),
+            ("aten::mul", 1.0, 3.0, 1),
+            ("aten::mul", 1.0, 1.0, 1),  # within the other
+            ("aten::sum", 5.0, 2.0, 1),
+            ("aten::mm", 10.0, 9.0, 1),
+            ("aten::add", 2.0, 1.0, 2),
+        ]
+    ]
+    assert steps.share_of_sums([*events, {"cat": "user_annotation", "name": "step", "ts": 0.0, "dur": 99.0, "tid": 1}]) == 6 / 20
 
 
 @pytest.mark.parametrize("count, low, high", [(5, 0, 4), (6, 0, 5), (9, 1, 7), (15, 3, 11)])
