@@ -1,13 +1,16 @@
 """What the pages say is so: the page of tests names every file of them, and no other; links lead somewhere."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from docs import check_site
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 
 def test_the_page_of_tests_names_every_file():
@@ -17,6 +20,20 @@ def test_the_page_of_tests_names_every_file():
     assert all(path.exists() for path in named)
     files = {path for path in TESTS.rglob("*.py") if path.name != "__init__.py"}
     assert {path for path in files if not named & {path, *path.parents}} == set()
+
+
+def test_the_oldest_libraries_are_those_that_the_patches_are_tested_with():
+    """Where .ci/run installs releases of a year ago: docs/patch.md names them, and no extra asks for a newer or an older one."""
+    installed = dict(re.findall(r" (transformers|diffusers|timm)==([\d.]+)", (ROOT / ".ci" / "run").read_text()))
+    assert len(installed) == 3
+    page = (ROOT / "docs" / "patch.md").read_text()
+    (order,) = re.findall(r"the newest (\w+), (\w+) and\s(\w+), and with releases of a year ago", page)
+    (named,) = re.findall(r"releases of a year ago \(([\d.]+), ([\d.]+), ([\d.]+)\)", page)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = [Requirement(line) for extra in extras.values() for line in extra]
+    for library, version in zip(order, named, strict=True):
+        assert (installed[library] + ".").startswith(version + ".")
+        assert {str(one.specifier) for one in wanted if one.name == library} == {f">={version}"}
 
 
 class TestWhatIsLookedAtInTheSite:
