@@ -162,7 +162,7 @@ coverage: $(venv) $(foreach name,$(TEST_EXTRAS) coverage,$(call extra,$(name)))
 		$(abspath $(PY)) -m coverage html -q -d ../python; mkdir -p ../core; \
 		$(abspath $(PY)) -m gcovr --root . --filter csrc/ --merge-lines --merge-mode-functions=separate --exclude-throw-branches \
 			--exclude-unreachable-branches --json-summary ../core.json --html-nested ../core/index.html build; \
-		$(abspath $(PY)) docs/coverage_page.py .. $(CURDIR); exit $${failed:-0}
+		STATUS=$${failed:-0} $(abspath $(PY)) docs/coverage_page.py .. $(CURDIR); exit $${failed:-0}
 	$(call say,each line: $(COVERAGE)/python/index.html and $(COVERAGE)/core/index.html)
 
 clean:

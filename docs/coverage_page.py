@@ -19,8 +19,9 @@ in `build/`.
 
 A line is reached where any process of the tests ran it: workers of pytest, what they fork, the programs that they start; but not
 by a process that was killed. Not reached is what is there for another torch, another Python or another CPU. Branches of C++ are
-counted without those of exceptions. Of CUDA there is what the tests run on the CPU, the planning and the code of its kernels in
-`csrc/cuda/*.h`. The `.cu` files are not compiled here.
+counted without those of exceptions, and in a template for each of its instances: where there are thousands, the lines say more.
+Of CUDA there is what the tests run on the CPU, the planning and the code of its kernels in `csrc/cuda/*.h`, where
+`tests/test_cuda_plan.py` is among them; the `.cu` files are not compiled here.
 
 {tables}
 A file of which all is reached has no row of its own.
@@ -53,13 +54,14 @@ def core(text: str) -> list[Reached]:
     return [Reached(PurePath(file["filename"]), *(file[field] for field in fields)) for file in json.loads(text)["files"]]
 
 
-def outcome(text: str) -> str:
-    """Of pytest's report."""
+def outcome(text: str, status: int) -> str:
+    """Of pytest's report, and of how it ended: 2 is by a signal."""
     (suite,) = xml.fromstring(text).iter("testsuite")
     tests, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
     failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
     counts = {"passed": tests - skipped - failed, "failed": failed, "skipped": skipped}
-    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    words = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return f"{words}, and then it was interrupted" if status == 2 else words
 
 
 def share(part: int, whole: int) -> str:
@@ -85,10 +87,10 @@ def table(heading: str, found: list[Reached]) -> Iterator[str]:
     yield ""
 
 
-def page(folder: Path, about: str, command: str) -> str:
+def page(folder: Path, about: str, command: str, status: int = 0) -> str:
     read = {name: (folder / name).read_text(encoding="utf-8") for name in ("python.json", "core.json", "tests.xml")}
     tables = [*table("Python", python(read["python.json"])), *table("C++", core(read["core.json"]))]
-    return PAGE.format(about=about, command=command, outcome=outcome(read["tests.xml"]), tables="\n".join(tables))
+    return PAGE.format(about=about, command=command, outcome=outcome(read["tests.xml"], status), tables="\n".join(tables))
 
 
 def main() -> None:
@@ -98,7 +100,7 @@ def main() -> None:
         f"torch {torch.__version__}, Python {platform.python_version()}, a CPU with {torch.backends.cpu.get_cpu_capability()}, "
         f"commit {os.environ['COMMIT']}, {datetime.now(UTC):%Y-%m-%d}"
     )
-    text = page(Path(sys.argv[1]), about, os.environ["COMMAND"])
+    text = page(Path(sys.argv[1]), about, os.environ["COMMAND"], int(os.environ["STATUS"]))
     Path(sys.argv[2], "docs", "coverage.md").write_text(text, encoding="utf-8")
 
 
