@@ -21,7 +21,8 @@ A line is reached where any process of the tests ran it: workers of pytest, what
 by a process that was killed. Not reached is what is there for another torch, another Python or another CPU. Branches of C++ are
 counted without those of exceptions, and in a template for each of its instances: where there are thousands, the lines say more.
 Of CUDA there is what the tests run on the CPU, the planning and the code of its kernels in `csrc/cuda/*.h`, where
-`tests/test_cuda_plan.py` is among them; the `.cu` files are not compiled here.
+`tests/test_cuda_plan.py` is among them; the `.cu` files are not compiled here. What fails because lines are counted, says
+[the page of the tests](testing.md#what-they-reach).
 
 {tables}
 A file of which all is reached has no row of its own.
@@ -61,7 +62,7 @@ def outcome(text: str, status: int) -> str:
     failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
     counts = {"passed": tests - skipped - failed, "failed": failed, "skipped": skipped}
     words = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-    return f"{words}, and then it was interrupted" if status == 2 else words
+    return f"{words}, and then it was interrupted, by which counts are lost" if status == 2 else words
 
 
 def share(part: int, whole: int) -> str:
