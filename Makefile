@@ -5,6 +5,7 @@
 # make lint         ruff, mypy and clang-format
 # make docs         the pages and the API as a site in build/docs, with every link checked
 # make sanitize     the core under AddressSanitizer and UndefinedBehaviorSanitizer
+# make coverage     which lines of Python and C++ the tests reach: docs/coverage.md, and each line in build/
 # make clean        what was built is removed; the environments in .venv/ stay
 #
 # Each target sets up what it needs, in a virtual environment of its own per torch:
@@ -12,7 +13,8 @@
 #   TORCH=installed make test         no virtual environment and no download: what $(PYTHON) has
 #   VENV=somewhere, PYTHON=python3.12, FORCE_CUDA=0|1, TORCH_CUDA_ARCH_LIST="9.0"
 #   MAX_JOBS=4                        compilers, and processes of pytest, at a time; as many as there are cores by default
-#   SANITIZER=address,undefined       what make sanitize builds with; TESTS="tests/test_values.py" what it runs
+#   SANITIZER=address,undefined       what make sanitize builds with
+#   TESTS="tests/test_values.py"      what make sanitize and make coverage run
 #   ARGS="-k mul_ -x"                 more arguments for pytest, the demo or the benchmarks
 
 SHELL := bash
@@ -62,7 +64,7 @@ SOURCES := setup.py $(shell find csrc -type f) $(wildcard tests/simulator/*.cpp 
 # What the tests need, and what they need besides with this torch, where pyproject.toml has an extra named after it.
 TEST_EXTRAS := test demo $(shell sed -nE 's/^"(test-$(KEY))" = .*/\1/p' pyproject.toml)
 
-.PHONY: help test demo bench bench-full lint docs sanitize clean again
+.PHONY: help test demo bench bench-full lint docs sanitize coverage clean again
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -110,7 +112,7 @@ docs: $(BUILT) $(call extra,docs)
 # what is freed stays resident for a while.
 SANITIZER ?= address,undefined
 SANITIZED := build/sanitize-$(KEY)/$(SANITIZER)
-TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks.py compile.py docs.py examples.py large_pages.py package.py pages.py), \
+sanitize: TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks.py compile.py docs.py examples.py large_pages.py package.py pages.py), \
 	$(wildcard tests/test_*.py)) $(addprefix tests/programs/,test_forward.py test_backward.py) \
 	$(addprefix tests/guard/,test_guard.py test_bugs.py test_torch_features.py)
 # Each access checked by a call: the files full of vectors compile in little more than half the time.
@@ -135,6 +137,33 @@ sanitize: $(venv) $(foreach name,$(TEST_EXTRAS),$(call extra,$(name)))
 	@cd $(SANITIZED)/tree && PYTHONPATH=$$PWD LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 \
 		$(abspath $(PY)) -m pytest -n $(MAX_JOBS) --dist worksteal -p no:cacheprovider -k 'not no_leak' $(TESTS) $(ARGS)
+
+# Built in a copy of the tree, too. Threads count with atomics. What a process counts it writes as it ends: by itself, or by
+# tests/counts.py, which calls what only these two options put into the library.
+COVERAGE := build/coverage-$(KEY)
+COVERED := $(COVERAGE)/tree
+coverage: TESTS ?= tests
+coverage: export COMMAND = make coverage$(if $(filter-out tests,$(TESTS)), TESTS="$(TESTS)")$(if $(ARGS), ARGS="$(ARGS)")
+coverage: $(venv) $(foreach name,$(TEST_EXTRAS) coverage,$(call extra,$(name)))
+	$(call say,building the extension with --coverage for $(TORCH); all that the compilers say is in $(COVERAGE)/log)
+	@mkdir -p $(COVERED) && find $(COVERED) -mindepth 1 -maxdepth 1 ! -name build -exec rm -r {} +
+	@tar cf - --exclude-vcs --exclude='./.venv*' --exclude=./build --exclude=./dist --exclude='*.so' --exclude=_build_info.py \
+		--exclude=__pycache__ . | tar xf - -C $(COVERED)
+	@cd $(COVERED) && SAFE_INPLACE_CXXFLAGS='-O1 --coverage -fprofile-update=prefer-atomic' FORCE_CUDA=0 \
+		LDFLAGS='--coverage -Wl,-u,__gcov_dump -Wl,-u,__gcov_reset' \
+		$(abspath $(PY)) setup.py build_ext --inplace $(TEST_EXTENSIONS) > ../log 2>&1 || { tail -n 40 ../log; exit 1; }
+	@find $(COVERED) -name '*.gcda' -delete && rm -rf $(COVERAGE)/{python,core} $(COVERAGE)/python.data* $(COVERAGE)/*.{json,xml}
+	$(call say,tests with coverage)
+	@export COMMIT=$$(git describe --always --dirty --abbrev=12 --exclude='*' 2> /dev/null || echo unknown) \
+		COVERAGE_FILE=$(abspath $(COVERAGE))/python.data PYTHONPATH=$(abspath $(COVERED)); cd $(COVERED); \
+		$(abspath $(PY)) -m coverage run -m pytest -p tests.counts -n $(MAX_JOBS) --dist worksteal -p no:cacheprovider \
+			--junitxml=../tests.xml $(TESTS) $(ARGS) || failed=$$?; \
+		$(abspath $(PY)) -m coverage combine -q; $(abspath $(PY)) -m coverage json -q -o ../python.json; \
+		$(abspath $(PY)) -m coverage html -q -d ../python; mkdir -p ../core; \
+		$(abspath $(PY)) -m gcovr --root . --filter csrc/ --merge-lines --merge-mode-functions=separate --exclude-throw-branches \
+			--exclude-unreachable-branches --json-summary ../core.json --html-nested ../core/index.html build; \
+		STATUS=$${failed:-0} $(abspath $(PY)) docs/coverage_page.py .. $(CURDIR); exit $${failed:-0}
+	$(call say,each line: $(COVERAGE)/python/index.html and $(COVERAGE)/core/index.html)
 
 clean:
 	$(call say,removing build/ and dist/ and the extension in the tree; .venv/ stays)

@@ -8,10 +8,10 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Protocol
 
@@ -98,6 +98,30 @@ class Network(nn.Module):
         return self.ops.mul_(self.head(self.blocks(x).relu().mean((2, 3))), self.logit_scale)
 
 
+class Lines(nn.Module):
+    """The sums and products of a Block's first branch alone, on activations that no cache holds: what the ops are for, without
+    the convolutions that most of a step goes to."""
+
+    def __init__(self, ops: Ops, batch: int, width: int) -> None:
+        super().__init__()
+        self.ops = ops
+        self.x, self.h = (nn.Parameter(torch.randn(batch, width, 64, 32)) for _ in range(2))
+        self.scale, self.shift = (nn.Parameter(torch.randn(batch, width, 1, 1)) for _ in range(2))
+        self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 0.1))
+        self.register_buffer("grad", torch.randn_like(self.x))
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """The stream and the branch, which may be written to, as convolutions would give them."""
+        return self.x + 0, self.h + 0
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        h = self.ops.mul_add_(h, 1 + self.scale, self.shift)
+        return self.ops.addcmul_(x, self.layer_scale, h)
+
+    def forward_and_backward(self, x: Tensor, h: Tensor) -> None:
+        self(x, h).backward(self.grad)
+
+
 @dataclass(frozen=True)
 class Digits:
     images: Tensor
@@ -136,9 +160,34 @@ def allocations(run: Callable[[], object], cuda: bool = False) -> list[int]:
     return [live := live + report["args"]["Bytes"] for report in sorted(reports, key=lambda report: report["ts"])]
 
 
+def saved_bytes(forward: Callable[[], Tensor], *apart: Tensor) -> int:
+    """Bytes of the distinct storages that the graph keeps, without these tensors."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # held: what it alone keeps alive keeps its address
+    for tensor in apart:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    del result
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@dataclass
+class Measured:
+    """What forward and backward took."""
+
+    times: list[float] = field(default_factory=list)
+    saved_bytes: int = 0
+    memory: list[int] = field(default_factory=list)
+
+
 @dataclass
 class Run:
-    """One training: its model and optimizer, and what was seen of them."""
+    """One training: its model and optimizer, and what was seen of them, and of the lines that differ alone."""
 
     name: str
     model: Network
@@ -146,9 +195,8 @@ class Run:
     schedule: torch.optim.lr_scheduler.LRScheduler
     losses: list[float] = field(default_factory=list)
     accuracy: float = float("nan")
-    step_times: list[float] = field(default_factory=list)
-    saved_bytes: int = 0
-    memory: list[int] = field(default_factory=list)
+    whole: Measured = field(default_factory=Measured)
+    alone: Measured = field(default_factory=Measured)
 
     def step(self, images: Tensor, labels: Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=False)
@@ -162,23 +210,16 @@ class Run:
         guessed = self.model(digits.held_out_images).argmax(1)
         self.accuracy = (guessed == digits.held_out_labels).float().mean().item()
 
-    def measure_saved_bytes(self, images: Tensor, labels: Tensor) -> None:
-        """Bytes of the distinct storages that the graph of one step keeps, parameters and the batch left out."""
-        kept: dict[int, Tensor] = {}
+    def measure_memory(self, images: Tensor, labels: Tensor, lines: Lines) -> None:
+        def forward() -> Tensor:
+            return F.cross_entropy(self.model(images), labels)
 
-        def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            F.cross_entropy(self.model(images), labels)
-        for tensor in (*self.model.parameters(), images, labels):
-            kept.pop(tensor.untyped_storage().data_ptr(), None)
-        self.saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-    def measure_memory(self, images: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=False)
-        self.memory = allocations(lambda: F.cross_entropy(self.model(images), labels).backward(), cuda=images.is_cuda)
+        self.whole.saved_bytes = saved_bytes(forward, *self.model.parameters(), images, labels)
+        self.whole.memory = allocations(lambda: forward().backward(), cuda=images.is_cuda)
+        lines.zero_grad()
+        self.alone.saved_bytes = saved_bytes(lambda: lines(*lines.start()), *lines.parameters())
+        self.alone.memory = allocations(lambda: lines.forward_and_backward(*lines.start()), cuda=images.is_cuda)
 
 
 def train(runs: list[Run], digits: Digits, options: argparse.Namespace, console: Console) -> None:
@@ -199,23 +240,41 @@ def train(runs: list[Run], digits: Digits, options: argparse.Namespace, console:
 def measure(runs: list[Run], digits: Digits, options: argparse.Namespace, console: Console) -> None:
     images, labels = digits.images[: options.batch_size], digits.labels[: options.batch_size]
     synchronize = torch.cuda.synchronize if images.is_cuda else lambda: None
+    torch.manual_seed(options.seed)
+    lines = Lines(out_of_place, options.batch_size, options.width).to(images.device)
+
+    def time(measured: Measured, compute: Callable[..., object], *arguments: Tensor) -> None:
+        synchronize()
+        start = perf_counter()
+        compute(*arguments)
+        synchronize()
+        measured.times.append(perf_counter() - start)
+
     for run in runs:
-        run.measure_saved_bytes(images, labels)
-        run.measure_memory(images, labels)
+        lines.ops = run.model.ops
+        run.measure_memory(images, labels, lines)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         for _ in progress.track(range(options.timed_steps), description=f"{'timing, taking turns':<28}"):
             # Taking turns: what else the machine does in the meantime meets all of them alike.
             for run in runs:
-                synchronize()
-                start = time.perf_counter()
-                run.step(images, labels)
-                synchronize()
-                run.step_times.append(time.perf_counter() - start)
+                time(run.whole, run.step, images, labels)
+                lines.ops = run.model.ops
+                lines.zero_grad()
+                time(run.alone, lines.forward_and_backward, *lines.start())
 
 
 def per_epoch(losses: list[float], epochs: int) -> list[float]:
     return [statistics.fmean(part) for part in np.array_split(losses, epochs)]
+
+
+def costs(measured: list[Measured]) -> dict[tuple[str, str], list[float]]:
+    """Of each run, by what was measured and its unit."""
+    return {
+        ("time", "ms"): [1e3 * statistics.median(one.times) for one in measured],
+        ("peak", "MiB"): [max(one.memory) / 2**20 for one in measured],
+        ("saved", "MiB"): [one.saved_bytes / 2**20 for one in measured],
+    }
 
 
 def drift(run: Run, reference: Run) -> np.ndarray:
@@ -246,13 +305,15 @@ def report(runs: list[Run], options: argparse.Namespace, console: Console) -> No
         summary.add_row(name, *map(show, values), f"{values[1] / values[0]:.2f}")
 
     row("accuracy, held out", lambda v: f"{v:.1%}", [run.accuracy for run in runs])
-    row("step, median, ms", lambda v: f"{1e3 * v:.2f}", [statistics.median(run.step_times) for run in runs])
-    row("step, peak, MiB", lambda v: f"{v / 2**20:.2f}", [max(run.memory) for run in runs])
-    row("for backward, MiB", lambda v: f"{v / 2**20:.2f}", [run.saved_bytes for run in runs])
+    for part, measured in (("step", [run.whole for run in runs]), ("alone", [run.alone for run in runs])):
+        for (kind, unit), values in costs(measured).items():
+            row(f"{part}: {kind}, {unit}", lambda v: f"{v:.2f}", values)
     console.print(summary)
     console.print(
-        "step, peak: bytes allocated at once by forward and backward, on top of what the step began with\n"
-        "for backward: bytes that the graph keeps between the two, parameters and batch left out\n"
+        "step: of training, the median; alone: the sums and products of one branch, forward and backward, on activations of\n"
+        f"{options.batch_size} x {options.width} x 64 x 32, which no cache holds\n"
+        "peak: bytes allocated at once by forward and backward, on top of what they began with\n"
+        "saved: bytes that the graph keeps between the two, parameters and batch left out\n"
         f"largest distance of a step's loss from torch's: safe_inplace {drift(ours, torch_run).max():.1e}, "
         f"torch with its own addcmul {drift(runs[2], torch_run).max():.1e}",
         highlight=False,
@@ -269,7 +330,7 @@ def plot(runs: list[Run], options: argparse.Namespace, path: Path) -> None:
     torch_run, ours, fused = runs
     colors = {torch_run.name: "#9aa5b1", ours.name: "#c2410c", fused.name: "#2563eb"}
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
-    figure, ((losses, drifts), (memory, times)) = plt.subplots(2, 2, figsize=(10.5, 7), layout="constrained")
+    figure, ((gain, memory), (losses, drifts)) = plt.subplots(2, 2, figsize=(10.5, 7), layout="constrained")
     epochs = np.linspace(0, options.epochs, len(torch_run.losses), endpoint=False)
 
     losses.plot(epochs, torch_run.losses, color=colors[torch_run.name], linewidth=5, label=torch_run.name)
@@ -286,8 +347,8 @@ def plot(runs: list[Run], options: argparse.Namespace, path: Path) -> None:
     drifts.legend(frameon=False)
 
     for run in (torch_run, ours):
-        moments = np.linspace(0, 1, len(run.memory))
-        mebibytes = np.array(run.memory) / 2**20
+        moments = np.linspace(0, 1, len(run.whole.memory))
+        mebibytes = np.array(run.whole.memory) / 2**20
         memory.fill_between(moments, mebibytes, color=colors[run.name], alpha=0.25, step="post")
         memory.step(moments, mebibytes, where="post", color=colors[run.name], linewidth=1, label=run.name)
         memory.axhline(mebibytes.max(), color=colors[run.name], linewidth=0.8, linestyle=":")
@@ -296,14 +357,24 @@ def plot(runs: list[Run], options: argparse.Namespace, path: Path) -> None:
     memory.set_ylim(bottom=0)
     memory.legend(frameon=False, loc="lower center")
 
-    samples = [1e3 * np.array(run.step_times) for run in runs]
-    boxes = times.boxplot(samples, orientation="horizontal", showfliers=False, widths=0.5, patch_artist=True)
-    for drawn, median, run in zip(boxes["boxes"], boxes["medians"], runs, strict=True):
-        drawn.set(facecolor=colors[run.name], alpha=0.5, edgecolor=colors[run.name])
-        median.set(color="black")
-    times.set_yticks(range(1, len(runs) + 1), [run.name for run in runs])
-    times.invert_yaxis()
-    times.set(title="Step time, taking turns", xlabel="ms")
+    names: list[str] = []
+    for part, measured in (("alone", [run.alone for run in runs]), ("whole step", [run.whole for run in runs])):
+        for (kind, unit), values in costs(measured).items():
+            for offset, run, one, value in zip((-0.2, 0.2), runs[1:], measured[1:], values[1:], strict=True):
+                at = len(names) + offset
+                label = None if names else run.name
+                gain.barh(at, value / values[0], height=0.36, color=colors[run.name], alpha=0.5, label=label)
+                if kind == "time":
+                    low, _, high = (1e3 * quartile / values[0] for quartile in statistics.quantiles(one.times, n=4))
+                    gain.hlines(at + 0.14, low, high, color="black", linewidth=1)
+                gain.text(0.02, at, f"{value:.1f} {unit}", va="center", fontsize=8)
+            names.append(f"{part}: {kind}\n{torch_run.name} {values[0]:.1f} {unit}")
+    gain.axvline(1, color=colors[torch_run.name], linewidth=2)
+    gain.set_yticks(range(len(names)), names, fontsize=8)
+    gain.invert_yaxis()
+    gain.set(title="Beside torch's (1): sums and products alone, and a whole step", xlabel="black: the middle half of the times")
+    gain.set_xlim(0, max(gain.get_xlim()[1], 1.6))
+    gain.legend(frameon=False, loc="lower right", fontsize=8)
 
     figure.suptitle(f"scikit-learn digits, {options.depth} residual blocks of width {options.width}", fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import pytest
 import torch
 
+from safe_inplace._guard import say
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -21,6 +23,13 @@ def seed(request):
     value = zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    """What guard says once, it says to each test anew, whatever ran before it; except what it says where the first compiled
+    region of a process runs, which has a test with a process of its own."""
+    monkeypatch.setattr(say, "_said", {"compiled region"})
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,17 @@
 """What the pages say is so: the page of tests names every file of them, and no other; links lead somewhere."""
 
+import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from docs import check_site
+from docs import check_site, coverage_page
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 
 def test_the_page_of_tests_names_every_file():
@@ -17,6 +21,58 @@ def test_the_page_of_tests_names_every_file():
     assert all(path.exists() for path in named)
     files = {path for path in TESTS.rglob("*.py") if path.name != "__init__.py"}
     assert {path for path in files if not named & {path, *path.parents}} == set()
+
+
+def test_the_oldest_libraries_are_those_that_the_patches_are_tested_with():
+    """Where .ci/run installs releases of a year ago: docs/patch.md names them, and no extra asks for a newer or an older one."""
+    installed = dict(re.findall(r" (transformers|diffusers|timm)==([\d.]+)", (ROOT / ".ci" / "run").read_text()))
+    assert len(installed) == 3
+    page = (ROOT / "docs" / "patch.md").read_text()
+    (order,) = re.findall(r"the newest (\w+), (\w+) and\s(\w+), and with releases of a year ago", page)
+    (named,) = re.findall(r"releases of a year ago \(([\d.]+), ([\d.]+), ([\d.]+)\)", page)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = [Requirement(line) for extra in extras.values() for line in extra]
+    for library, version in zip(order, named, strict=True):
+        assert (installed[library] + ".").startswith(version + ".")
+        assert {str(one.specifier) for one in wanted if one.name == library} == {f">={version}"}
+
+
+def test_the_page_of_coverage(tmp_path):
+    """A row for each folder, and one for each file of which something is not reached; 100% is all."""
+
+    def of_python(*counts):
+        names = ("covered_lines", "num_statements", "covered_branches", "num_branches")
+        return {"summary": dict(zip(names, counts, strict=True))}
+
+    def of_core(name, *counts):
+        names = ("line_covered", "line_total", "branch_covered", "branch_total")
+        return {"filename": name, **dict(zip(names, counts, strict=True))}
+
+    modules = {"package/whole.py": (8, 8, 2, 2), "package/inner/part.py": (1999, 2000, 3, 4), "single.py": (1, 4, 0, 0)}
+    files = {name: of_python(*counts) for name, counts in modules.items()}
+    (tmp_path / "python.json").write_text(json.dumps({"files": files}))
+    core = [of_core("csrc/a.cpp", 1, 3, 1, 6), of_core("csrc/whole.h", 2, 2, 0, 0)]
+    (tmp_path / "core.json").write_text(json.dumps({"files": core}))
+    counts = 'tests="1200" failures="1" errors="1" skipped="2"'
+    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite {counts}></testsuite></testsuites>")
+    page = coverage_page.page(tmp_path, "a torch", "make coverage")
+    assert "**a torch: `make coverage`: 1,196 passed, 2 failed, 2 skipped**" in page
+    stopped = coverage_page.page(tmp_path, "a torch", "make coverage", status=2)
+    assert "2 skipped, and then it was interrupted, by which counts are lost**" in stopped
+    assert [line for line in page.splitlines() if line.startswith("| ")] == [
+        "| Python | lines | branches |",
+        "| --- | ---: | ---: |",
+        "| **all** | 99.8% of 2,012 | 83.3% of 6 |",
+        "| single.py | 25.0% of 4 | - |",
+        "| **package** | 100.0% of 8 | 100.0% of 2 |",
+        "| **package/inner** | 99.9% of 2,000 | 75.0% of 4 |",
+        "| part.py | 99.9% of 2,000 | 75.0% of 4 |",
+        "| C++ | lines | branches |",
+        "| --- | ---: | ---: |",
+        "| **all** | 60.0% of 5 | 16.6% of 6 |",
+        "| **csrc** | 60.0% of 5 | 16.6% of 6 |",
+        "| a.cpp | 33.3% of 3 | 16.6% of 6 |",
+    ]
 
 
 class TestWhatIsLookedAtInTheSite:

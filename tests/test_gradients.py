@@ -340,3 +340,23 @@ def test_forward_mode_with_tangents_on_some(op):
                 torch.testing.assert_close(actual.tangent, expected.tangent)
             else:
                 assert actual.tangent is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=short)
+@pytest.mark.parametrize("op", OPS, **op_ids)
+def test_sums_that_lie_otherwise_than_the_input(op, dtype, device):
+    """The input's rows run along what is an outer dimension of the operands, whose gradients are contiguous."""
+
+    def transposed():
+        return random_tensor((40, 50, 6), dtype, device).transpose(1, 2)
+
+    input = transposed().detach().requires_grad_()
+    operands = [random_tensor((6, 50), dtype, device).requires_grad_() for _ in op.operands]
+    tensors, grad_output = [input, *operands], transposed()
+    assert input.stride() == grad_output.stride() == (300, 1, 6)
+    found = torch.autograd.grad(op.function(keep_memory(input), *operands), tensors, grad_output)
+    beside = [input.detach().contiguous().requires_grad_(), *operands]
+    expected = torch.autograd.grad(op.function(beside[0].clone(), *operands), beside, grad_output.contiguous())
+    for one, other in zip(found, expected, strict=True):
+        # Sums of forty terms in another order, in float32 at least, rounded once.
+        torch.testing.assert_close(one, other, rtol=torch.finfo(dtype).eps, atol=1e-4 if dtype != torch.float64 else 1e-12)

@@ -461,3 +461,100 @@ except ValueError as error:
     def test_libcxx_stops_the_build(self, tmp_path):
         line = self.stopped(tmp_path, 'exec g++ -D_LIBCPP_VERSION=14000 "$@"')
         assert line.startswith("safe_inplace cannot be built: ") and "libc++" in line
+
+
+class TestCounts:
+    """What `make coverage` counts in the core is written by every process of the tests, by those too that end without notice."""
+
+    SOURCE = r"""
+#include <Python.h>
+#include <stdexcept>
+
+namespace {
+
+PyObject* in_worker(PyObject*, PyObject*) {
+  return PyLong_FromLong(1); // in a worker
+}
+
+PyObject* in_fork(PyObject*, PyObject*) {
+  return PyLong_FromLong(2); // in what it forks
+}
+
+PyObject* in_program(PyObject*, PyObject*) {
+  return PyLong_FromLong(3); // in a program
+}
+
+PyObject* nowhere(PyObject*, PyObject*) {
+  return PyLong_FromLong(4); // nowhere
+}
+
+PyMethodDef functions[] = {{"in_worker", in_worker, METH_NOARGS, nullptr},
+                           {"in_fork", in_fork, METH_NOARGS, nullptr},
+                           {"in_program", in_program, METH_NOARGS, nullptr},
+                           {"nowhere", nowhere, METH_NOARGS, nullptr},
+                           {}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+} // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  return Py_IsInitialized() ? PyModule_Create(&definition) : throw std::runtime_error("takes libstdc++");
+}
+"""
+    TESTS = """
+import os
+import subprocess
+import sys
+
+import pytest
+from safe_inplace import _C
+
+def test_in_fork():
+    pid = os.fork()
+    if pid == 0:
+        _C.in_fork()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+@pytest.mark.parametrize("time", range(4))
+def test_in_worker(time):
+    _C.in_worker()
+
+def test_in_program():
+    subprocess.run([sys.executable, "-c", "from safe_inplace import _C; _C.in_program()"], check=True)
+"""
+    # No worker has time to end by itself.
+    CONFTEST = """
+import os
+import signal
+
+def pytest_unconfigure(config):
+    if hasattr(config, "workerinput"):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+    @pytest.mark.skipif(shutil.which("gcov") is None, reason="needs gcov")
+    def test_counts_of_workers_and_of_what_they_start(self, tmp_path):
+        recipe = (ROOT / "Makefile").read_text()
+        (compiling,) = re.findall(r"SAFE_INPLACE_CXXFLAGS='([^']*--coverage[^']*)'", recipe)
+        (linking,) = re.findall(r"LDFLAGS='(--coverage[^']*)'", recipe)
+        sources = {
+            "csrc/small.cpp": self.SOURCE,
+            "tests/__init__.py": "",
+            "tests/counts.py": (ROOT / "tests" / "counts.py").read_text(),
+            "suite/conftest.py": self.CONFTEST,
+            "suite/test_small.py": self.TESTS,
+        }
+        result = setup_of_small_sources(
+            tmp_path, "build_ext", "--inplace", sources=sources, SAFE_INPLACE_CXXFLAGS=compiling, LDFLAGS=linking, CXX="g++"
+        )
+        assert result.returncode == 0, result.stderr
+        tests = run_python("-m", "pytest", "-n", "2", "-p", "tests.counts", "-p", "no:cacheprovider", "suite", path=tmp_path)
+        assert " 6 passed" in tests.stdout, tests.stdout + tests.stderr
+        (counts,) = tmp_path.rglob("small.gcda")
+        read = subprocess.run(["gcov", "--stdout", counts], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        lines = re.findall(r"^ *([\d#]+)\*?: *\d+:  return .* // (.*)$", read, re.MULTILINE)
+        found = {place: times for times, place in lines}
+        # What a fork counts begins with what the worker that forked had counted.
+        assert int(found.pop("in a worker")) >= 4
+        assert found == {"in what it forks": "1", "in a program": "1", "nowhere": "#####"}

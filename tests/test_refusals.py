@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import safe_inplace
+
 from .checks import Untouched
 from .layouts import short
 from .op_table import BY_NAME, OPS
@@ -330,6 +332,17 @@ def test_bool_alpha_for_numbers():
     input = torch.ones(2, 3)
     theirs = torch_refusal(lambda: input.clone().add_(torch.ones(3), alpha=True))
     same_refusal(refused(BY_NAME["add_"], input, torch.ones(3), alpha=True), theirs)
+
+
+def test_complex_value_of_addcmul_without_an_imaginary_part():
+    """As torch's: also where one operand is a number and torch's own functions compute."""
+    x = torch.randn(4, 3)
+    for operands in ((3, x), (x, 3), (x, x)):
+        expected = safe_inplace.addcmul(x, *operands, value=2)
+        torch.testing.assert_close(safe_inplace.addcmul(x, *operands, value=2 + 0j), expected)
+        rows = tuple(0 if isinstance(one, torch.Tensor) else None for one in (x, *operands))
+        mapped = torch.func.vmap(lambda row, a, b: safe_inplace.addcmul(row, a, b, value=2 + 0j), rows)(x, *operands)
+        torch.testing.assert_close(mapped, expected)
 
 
 def test_complex_value_of_addcmul_for_real_input():

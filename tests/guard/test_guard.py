@@ -5,6 +5,8 @@ import copy
 import gc
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import threading
 import types
 import warnings
@@ -364,7 +366,7 @@ def test_dropout_in_eval_mode_writes_nothing():
 
 def test_transforms_of_torch_func_run():
     x = torch.randn(3)
-    with guard(), contextlib.suppress(UserWarning):
+    with guard(), pytest.warns(UserWarning, match="torch.func transforms allow no saved-tensor hooks"):
         assert torch.equal(torch.func.grad(lambda v: (v * v).sum())(x), 2 * x)
         torch.func.vmap(torch.sin)(x)
         torch.func.jacrev(torch.sin)(x)
@@ -388,6 +390,22 @@ def test_compiled_regions_run_and_what_they_save_is_checked():
         with pytest.raises(HazardError):
             h.data.zero_()
         y.sum().backward()
+
+
+def test_what_is_known_of_compiled_regions_is_said_once():
+    """In a process of its own: it is said where the first region of a process runs."""
+    program = """
+import torch
+import safe_inplace
+
+f = torch.compile(lambda v: (v * 2).sin() * v, backend="aot_eager")
+with safe_inplace.guard():
+    for _ in range(2):
+        f(torch.ones(3, requires_grad=True)).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("UserWarning: safe_inplace.guard: of a compiled region only what it saves") == 1
 
 
 # ---- copy

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 import safe_inplace
 from safe_inplace import HazardError, HazardWarning, guard
-from safe_inplace._guard import say
 
 ROOT = Path(__file__).resolve().parents[2]
 ON = pytest.mark.parametrize("verify", [False, True], ids=["", "verify"])
@@ -277,8 +276,7 @@ def test_what_a_recomputation_saves_goes_with_it():
     assert len(storages) == 2 and [ref() for ref in storages] == [None, None]
 
 
-def test_other_hooks_are_said_once(monkeypatch):
-    monkeypatch.setattr(say, "_said", set())
+def test_other_hooks_are_said_once():
     with pytest.warns(UserWarning, match="other saved-tensor hooks") as caught, guard():
         for _ in range(3):
             with torch.autograd.graph.save_on_cpu():
@@ -288,8 +286,7 @@ def test_other_hooks_are_said_once(monkeypatch):
     assert enter.__module__ == "torch.autograd.graph"
 
 
-def test_hooks_around_a_guard_are_said_once(monkeypatch):
-    monkeypatch.setattr(say, "_said", set())
+def test_hooks_around_a_guard_are_said_once():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         for times in (1, 0):
             with warnings.catch_warnings(record=True) as caught:
@@ -485,8 +482,10 @@ def test_guards_left_in_another_order():
     first, second = guard("copy"), guard()
     first.__enter__()
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    hooks.__enter__()
-    second.__enter__()
+    with pytest.warns(UserWarning, match="other saved-tensor hooks"):
+        hooks.__enter__()
+    with pytest.warns(UserWarning, match="hooks around the guard"):
+        second.__enter__()
     first.__exit__(None, None, None)
     assert safe_inplace._C.guard_current() is second
     y = leaf(3).exp()
@@ -688,11 +687,9 @@ def test_decorated_functions_compute_the_same_compiled_and_nothing_is_said_of_ho
         x.grad = None
 
 
-def test_nothing_is_said_of_the_tensors_that_a_tracer_traces_with(fresh_dynamo, monkeypatch):
+def test_nothing_is_said_of_the_tensors_that_a_tracer_traces_with(fresh_dynamo):
     from torch.func import functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
-
-    monkeypatch.setattr(say, "_said", set())
 
     def written(x):
         return (x.sin() * 2).mul_(3)

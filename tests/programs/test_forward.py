@@ -1,5 +1,9 @@
 """The differential test in slices, and the proof that it sees what it is there to see."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -18,6 +22,23 @@ from .tensors import values
 @slices(FUZZ, 12_000, 24)
 def test_programs(indices):
     assert FUZZ.search(SEED, indices).total() == len(indices)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="needs a CPU with vectors")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_programs_with_the_vectors_of_an_older_cpu(capability):
+    """Each has loops of its own, and on this CPU only the newest are run."""
+    program = f"""
+import sys
+import torch
+from tests.programs.__main__ import main
+
+assert torch.backends.cpu.get_cpu_capability() == "{capability.upper()}"
+sys.exit(main(["forward", "--programs", "300", "--seed", "{capability}"]))
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_programs_end_in_every_way():
