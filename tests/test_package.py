@@ -89,6 +89,14 @@ def test_import_under_another_python_names_both(package_copy):
 
 @pytest.mark.skipif(_build.read_build().cuda is not None, reason="needs a build without CUDA")
 def test_the_first_call_on_cuda_says_that_it_was_left_out(tmp_path):
+def test_import_does_not_load_what_an_earlier_build_left_for_this_python(package_copy):
+    """In one tree, for one Python after another: each leaves its file, and the note is of the last torch."""
+    note = package_copy / "_build_info.py"
+    note.write_text(re.sub("^python = .*$", "python = '3.10'", note.read_text(), flags=re.MULTILINE))
+    message = import_error(package_copy)
+    assert "was built for Python 3.10, but this is Python" in message
+
+
     program = """
 import warnings
 import torch
