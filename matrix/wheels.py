@@ -83,7 +83,8 @@ def build_all(environment: Environment, arguments: str = "") -> list[Wheel]:
 
 def fresh(environment: Environment, folder: Path) -> Path:
     """The Python of a new environment, which finds what that one has installed, torch above all."""
-    subprocess.run([environment.python, "-m", "venv", folder], check=True)
+    # Without a pip of its own: a setuptools would come with it, older than what a torch requires.
+    subprocess.run([environment.python, "-m", "venv", "--without-pip", folder], check=True)
     asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
     theirs, ours = (
         subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
