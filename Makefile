@@ -168,9 +168,12 @@ $(VENV)/.torch: $(VENV)/.python
 	@$(PY) -m pip install -qq '$(TORCH)' numpy -r <($(call requirements,p["build-system"]["requires"]))
 	@touch $@
 
+# With the torch that is there, whatever one of them, or a setting of pip, would have in its place.
+THIS_TORCH = <($(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))')
+
 $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 	$(call say,installing what the $* needs)
-	@$(PY) -m pip install -qq -r <($(call requirements,p["project"]["optional-dependencies"]["$*"]))
+	@$(PY) -m pip install -qq -c $(THIS_TORCH) -r <($(call requirements,p["project"]["optional-dependencies"]["$*"]))
 	@touch $@
 
 ifneq ($(CONFIG),$(shell cat $(IN_TREE) 2>/dev/null))

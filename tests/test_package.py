@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,22 @@ def test_make_says_what_each_target_does():
     said = subprocess.run(["make", "-s", "-C", ROOT], capture_output=True, text=True, timeout=60).stdout
     targets = re.findall(r"^make (\S+) {2,}\S", said, re.MULTILINE)
     assert sorted(targets) == sorted(set(phony.split()) - {"help", "again"})
+
+
+def test_make_installs_no_other_torch_with_what_the_tests_need(tmp_path):
+    """One of the packages, or a setting of pip, may want another."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f"""#!/bin/bash
+[[ "$1 $2" == "-m pip" ]] || exec {sys.executable} "$@"
+while [ $# -gt 0 ]; do [[ $1 == -c ]] && cat "$2" >> {tmp_path}/constraints; shift; done
+""")
+    python.chmod(0o755)
+    for stamp in (".python", ".torch"):
+        (tmp_path / stamp).touch()
+    words = ["make", "-s", "-C", ROOT, "TORCH=torch==2.13.0", f"VENV={tmp_path}", f"{tmp_path}/.extra-test"]
+    subprocess.run(words, check=True, timeout=60)
+    assert (tmp_path / "constraints").read_text() == f"torch=={version('torch')}\n"
 
 
 def test_the_table_of_the_readme_lists_the_ops():
