@@ -116,11 +116,12 @@ class Environment:
         started = dict.fromkeys(("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES"))
         return run(["make", *targets, *(f"{name}={value}" for name, value in variables.items())], log, **started, **environment)
 
-    def about_torch(self) -> dict[str, str | None]:
-        """Its own version, which says more than the package's, and its CUDA."""
-        program = "import json, torch; print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda}))"
+    def about_torch(self) -> tuple[str, str | None]:
+        """Its own version, which says more than the package's, and that of its CUDA."""
+        program = "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda]))"
         asked = subprocess.run([self.python, "-c", program], capture_output=True, text=True, check=True)
-        return json.loads(asked.stdout)
+        version, cuda = json.loads(asked.stdout)
+        return version, cuda
 
 
 def compiler() -> str:

@@ -74,9 +74,16 @@ class Row:
         if done.status:
             self.problem = f"could not be installed: {done.last_words}"
             return False
-        about = environment.about_torch()
-        self.torch_version, self.torch_cuda, self.compiler = about["torch"], about["cuda"], compiler()
-        return True
+        self.compiler = compiler()
+        return self.has_its_torch(environment)
+
+    def has_its_torch(self, environment: Environment) -> bool:
+        """What is installed besides may have brought another."""
+        self.torch_version, self.torch_cuda = environment.about_torch()
+        if self.torch_version.partition("+")[0] == environment.torch:
+            return True
+        self.problem, self.failed = f"{environment.venv} has torch {self.torch_version}", True
+        return False
 
     def read_note(self, note: str) -> None:
         """What the build left beside the extension."""

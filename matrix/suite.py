@@ -34,4 +34,5 @@ def test(environment: Environment, arguments: str = "", reuse: bool = False) -> 
     row.tests = counts(xml)
     if row.failed and not (row.tests and row.tests.failed):
         row.problem = f"the tests did not end: {done.last_words}"
+    row.has_its_torch(environment)
     return row

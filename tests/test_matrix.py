@@ -255,12 +255,15 @@ if target == Path(torch).read_text():
 if target == ".torch":
     python = Path(given["VENV"], "bin", "python")
     python.parent.mkdir(parents=True, exist_ok=True)
-    python.write_text(f'#!/bin/sh\\necho \\'{{{{"torch": "{{torch}}+cpu", "cuda": null}}}}\\'\\n')
+    python.write_text(f'#!/bin/sh\\necho \\'["{{torch}}+cpu", null]\\'\\n')
     python.chmod(0o755)
 elif target == "built":
     Path("safe_inplace").mkdir(exist_ok=True)
     Path("safe_inplace", "_build_info.py").write_text("cuda = None\\ncuda_archs = None\\n")
 else:
+    if Path("replaced").exists():
+        python = Path(given["VENV"], "bin", "python")
+        python.write_text(python.read_text().replace(torch, Path("replaced").read_text()))
     xml, _, arguments = given["ARGS"].partition(" ")
     Path("arguments").write_text(arguments)
     shutil.copy(torch + ".xml", xml.removeprefix("--junitxml="))
@@ -334,6 +337,12 @@ class TestMatrix:
         assert "load before" not in run(TORCHES="2.15.0", REUSE="1")[1] and compiled.exists()
         assert "load before" in run(TORCHES="2.15.0", REUSE="")[1] and not compiled.exists()
 
+    def test_a_torch_that_another_package_replaced(self, run, tree):
+        """What was tested then is another."""
+        (tree / "replaced").write_text("2.14.1")
+        status, page = run(TORCHES="2.15.0")
+        assert status == 1 and "`.venv/torch-2.15.0 has torch 2.14.1+cpu`; " in page
+
     def test_rows_of_other_torches_stay(self, run):
         run(TORCHES="2.14.1")
         _, page = run(TORCHES="2.15.0")
@@ -390,7 +399,7 @@ def test_fails():
             monkeypatch.setattr(module, "ROOT", tree)
             monkeypatch.setattr(module, "LOGS", folder / "logs")
         monkeypatch.setenv("MAX_JOBS", "1")
-        return wheels.build(Installed("0", PYTHON, sys.executable), with_cuda=False)
+        return wheels.build(Installed(Version(torch.__version__).public, PYTHON, sys.executable), with_cuda=False)
 
     def test_it_is_built_and_tested_outside_of_the_tree(self, tmp_path, monkeypatch):
         row = self.build(tmp_path, monkeypatch)
@@ -399,6 +408,8 @@ def test_fails():
         assert row.name == wheel.name and row.size == wheel.stat().st_size
         assert wheel.name.startswith(f"safe_inplace-0+torch{Version(torch.__version__).public}.cpu-")
         assert row.tests == Counts(2, 0, 0, []) and row.build_seconds and row.cuda is None
+        (log,) = (tmp_path / "logs").glob("*-wheel.log")
+        assert log.read_text().count("building 'safe_inplace._C' extension") == 1, "the time of a build is of one"
         assert not list((tmp_path / "tree").glob("*.egg-info")), "a package that the tests of the tree would find installed"
 
     def test_a_test_that_fails_on_it(self, tmp_path, monkeypatch):
