@@ -32,7 +32,7 @@ TESTS = (
 )
 
 
-def build(environment: Environment, with_cuda: bool, arguments: str = "") -> Wheel:
+def build(environment: Environment, with_cuda: bool, arguments: str = "", reuse: bool = False) -> Wheel:
     row = Wheel(environment.torch, environment.version, arguments=arguments, with_cuda=with_cuda)
     if not row.install(environment):
         return row
@@ -55,8 +55,8 @@ def build(environment: Environment, with_cuda: bool, arguments: str = "") -> Whe
     # Which builds again, if it is let.
     commands += ["bdist_wheel", "--skip-build", "--dist-dir", made]
     before = time.monotonic()
-    done = run([environment.python, "setup.py", *commands], f"{key}-wheel.log", **force, **ANEW)
-    row.build_seconds = time.monotonic() - before
+    done = run([environment.python, "setup.py", *commands], f"{key}-wheel.log", **force, **({} if reuse else ANEW))
+    row.build_seconds = None if reuse else time.monotonic() - before
     row.failed = done.status != 0
     if row.failed:
         row.problem = f"not built: {done.last_words}"
@@ -77,10 +77,13 @@ def build(environment: Environment, with_cuda: bool, arguments: str = "") -> Whe
     return row
 
 
-def build_all(environment: Environment, arguments: str = "") -> list[Wheel]:
-    """One without CUDA and, where the torch has CUDA, one with."""
-    without = build(environment, False, arguments)
-    return [without, build(environment, True, arguments)] if without.torch_cuda else [without]
+def build_all(environment: Environment, arguments: str = "", reuse: bool = False) -> list[Wheel]:
+    """One without CUDA and, where the torch has CUDA, one with; the one that FORCE_CUDA names, where it is set."""
+    force = os.environ.get("FORCE_CUDA", "")
+    made = [] if force == "1" else [build(environment, False, arguments, reuse)]
+    if force == "1" or (not force and made[0].torch_cuda):
+        made.append(build(environment, True, arguments, reuse))
+    return made
 
 
 def fresh(environment: Environment, folder: Path) -> Path:

@@ -374,7 +374,9 @@ def test_fails():
     assert not FAILS
 """
 
-    def build(self, folder: Path, monkeypatch, fails: bool = False, imports: str = "sys", requires: str = "torch==") -> Wheel:
+    def build(
+        self, folder: Path, monkeypatch, fails: bool = False, imports: str = "sys", requires: str = "torch==", **options
+    ) -> Wheel:
         tree = folder / "tree"
         files = {
             "safe_inplace/__init__.py": f"import {imports}\n__version__ = '0'\n",
@@ -399,7 +401,7 @@ def test_fails():
             monkeypatch.setattr(module, "ROOT", tree)
             monkeypatch.setattr(module, "LOGS", folder / "logs")
         monkeypatch.setenv("MAX_JOBS", "1")
-        return wheels.build(Installed(Version(torch.__version__).public, PYTHON, sys.executable), with_cuda=False)
+        return wheels.build(Installed(Version(torch.__version__).public, PYTHON, sys.executable), with_cuda=False, **options)
 
     def test_it_is_built_and_tested_outside_of_the_tree(self, tmp_path, monkeypatch):
         row = self.build(tmp_path, monkeypatch)
@@ -413,7 +415,8 @@ def test_fails():
         assert not list((tmp_path / "tree").glob("*.egg-info")), "a package that the tests of the tree would find installed"
 
     def test_a_test_that_fails_on_it(self, tmp_path, monkeypatch):
-        row = self.build(tmp_path, monkeypatch, fails=True)
+        row = self.build(tmp_path, monkeypatch, fails=True, reuse=True)
+        assert row.build_seconds is None
         assert row.failed and row.tests == Counts(1, 1, 0, ["tests.test_small::test_fails"])
 
     def test_one_that_cannot_be_imported(self, tmp_path, monkeypatch):
@@ -425,6 +428,17 @@ def test_fails():
         row = self.build(tmp_path, monkeypatch, requires="torch==1!")
         assert row.failed and row.tests is None
         assert row.problem and row.problem.startswith("does not work: ERROR: No matching distribution found for torch==1!")
+
+    @pytest.mark.parametrize(
+        "force, torch_cuda, made",
+        [("", "13.0", [False, True]), ("", None, [False]), ("0", "13.0", [False]), ("1", "13.0", [True]), ("1", None, [True])],
+    )
+    def test_with_and_without_cuda(self, monkeypatch, force, torch_cuda, made):
+        monkeypatch.setenv("FORCE_CUDA", force)
+        monkeypatch.setattr(
+            wheels, "build", lambda _, with_cuda, *rest: replace(BUILT_WHEEL, with_cuda=with_cuda, torch_cuda=torch_cuda)
+        )
+        assert [row.with_cuda for row in wheels.build_all(Installed("2.14.1", PYTHON, sys.executable))] == made
 
     def test_of_an_unpacked_sdist_there_is_none(self, tmp_path, monkeypatch):
         (tmp_path / "PKG-INFO").touch()
