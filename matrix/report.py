@@ -22,7 +22,7 @@ def cell(text: str) -> str:
 
 def quoted(text: str) -> str:
     """As it was typed or said: of a word of Markdown in it, or of HTML, nothing is made."""
-    return cell(f"`{text.replace('`', chr(39))}`")
+    return f"`{text.replace('`', chr(39))}`"
 
 
 def build_time(row: Row) -> str:
@@ -59,7 +59,7 @@ def matrix_cells(torch: str, row: Row | None) -> list[str]:
     if row is None:
         return [torch, *["-"] * 7, "not run yet"]
     built = row.tests is not None or row.build_seconds is not None
-    shortened = f"shortened: {quoted(row.arguments)}" if row.arguments else "the whole suite"
+    ran = "shortened, see below" if row.arguments else "the whole suite"
     return [
         torch_cell(row),
         row.python,
@@ -67,7 +67,7 @@ def matrix_cells(torch: str, row: Row | None) -> list[str]:
         cuda_cell(row) if built else "-",
         build_time(row),
         *counts_cells(row.tests),
-        f"{quoted(row.problem) if row.problem else shortened}; {when(row)}",
+        f"{cell(quoted(row.problem)) if row.problem else ran}; {when(row)}",
     ]
 
 
@@ -84,6 +84,9 @@ def page(folder: Path = RESULTS) -> str:
         parts.append(
             f"A build starts from nothing and includes what only the tests use; its time is that of {machines(rows.values())}."
         )
+    for arguments in dict.fromkeys(row.arguments for row in rows.values() if row.arguments):
+        those = ", ".join(torch for torch, row in rows.items() if row.arguments == arguments)
+        parts.append(f"**Shortened** on torch {those}: of the suite only what pytest ran by {quoted(arguments)}.")
     for row in rows.values():
         if row.tests and row.tests.failed:
             more = row.tests.failed - NAMED
@@ -94,10 +97,10 @@ def page(folder: Path = RESULTS) -> str:
 
 def wheel_cells(row: Wheel) -> list[str]:
     if row.problem or row.tests is None:
-        said = quoted(row.problem or "not tested")
+        said = cell(quoted(row.problem or "not tested"))
     else:
         failed = f"{row.tests.failed} failed, " if row.tests.failed else ""
-        shortened = f", shortened: {quoted(row.arguments)}" if row.arguments else ""
+        shortened = f", shortened: {cell(quoted(row.arguments))}" if row.arguments else ""
         said = f"{failed}{row.tests.passed} passed, {row.tests.skipped} skipped{shortened}"
     return [
         f"`{row.name}`" if row.name else f"for torch {row.torch}, {'with' if row.with_cuda else 'without'} CUDA",

@@ -194,16 +194,21 @@ class TestPage:
         assert self.line(page, "2.13.0") == ["2.13.0", *["-"] * 7, "not run yet"]
 
     def test_a_shortened_run_says_so(self, tmp_path):
-        row = replace(TESTED_ROW, arguments='-k "mul_ | x"', cuda=None, torch_cuda=None, build_seconds=None)
-        cells = self.line(self.page(tmp_path, row), "2.11.0")
-        assert cells[-1].startswith(r'shortened: `-k "mul_ \| x"`; ')
+        row = replace(TESTED_ROW, arguments="-k mul_", cuda=None, torch_cuda=None, build_seconds=None)
+        others = [replace(row, torch=torch, torch_version=torch) for torch in ("2.13.0", "2.15.0")]
+        others[0].arguments = "a | b"
+        page = self.page(tmp_path, row, *others)
+        assert "**Shortened** on torch 2.11.0, 2.15.0: of the suite only what pytest ran by `-k mul_`." in page
+        assert "**Shortened** on torch 2.13.0: of the suite only what pytest ran by `a | b`." in page
+        cells = self.line(page, "2.11.0")
+        assert cells[-1].startswith("shortened, see below; ")
         assert cells[0] == "2.11.0+cu130, CPU only" and cells[3:5] == ["no", "-"]
 
     def test_a_torch_that_cannot_be_installed(self, tmp_path):
-        row = Row("2.11.0", "3.12", **ABOUT, problem="could not be installed: ERROR: No matching distribution")
+        row = Row("2.11.0", "3.12", **ABOUT, problem="could not be installed: ERROR: a | b `c`")
         cells = self.line(self.page(tmp_path, row), "2.11.0")
         assert cells[:8] == ["2.11.0", "3.12", *["-"] * 6]
-        assert cells[8].startswith("`could not be installed: ERROR: No matching distribution`; commit ")
+        assert cells[8].startswith(r"`could not be installed: ERROR: a \| b 'c'`; commit ")
 
     def test_failed_tests_are_named(self, tmp_path):
         names = [f"tests.test_values::test_{number}" for number in range(report.NAMED + 3)]
@@ -327,7 +332,7 @@ class TestMatrix:
 
     def test_arguments_reach_pytest_and_the_page(self, run, tree):
         status, page = run(TORCHES="2.15.0", ARGS="-k mul_")
-        assert status == 0 and "shortened: `-k mul_`" in page
+        assert status == 0 and "**Shortened** on torch 2.15.0: of the suite only what pytest ran by `-k mul_`." in page
         assert (tree / "arguments").read_text() == "-k mul_"
 
     def test_it_builds_from_nothing_unless_it_is_told_otherwise(self, run, tree):
