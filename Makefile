@@ -6,6 +6,8 @@
 # make docs         the pages and the API as a site in build/docs, with every link checked
 # make sanitize     the core under AddressSanitizer and UndefinedBehaviorSanitizer
 # make coverage     which lines of Python and C++ the tests reach: docs/coverage.md, and each line in build/
+# make test-matrix  the whole suite on each torch that pyproject.toml lists, and docs/matrix.md of what came of it: hours
+# make wheels       for each of these a wheel without CUDA and one with, in dist/, and each tested in a fresh environment
 # make clean        what was built is removed; the environments in .venv/ stay
 #
 # Each target sets up what it needs, in a virtual environment of its own per torch:
@@ -15,6 +17,7 @@
 #   MAX_JOBS=4                        compilers, and processes of pytest, at a time; as many as there are cores by default
 #   SANITIZER=address,undefined       what make sanitize builds with
 #   TESTS="tests/test_values.py"      what make sanitize and make coverage run
+#   TORCHES="2.11.0 2.15.0"           those that make test-matrix and make wheels go through; REUSE=1 keeps what was compiled
 #   ARGS="-k mul_ -x"                 more arguments for pytest, the demo or the benchmarks
 
 SHELL := bash
@@ -64,7 +67,7 @@ SOURCES := setup.py $(shell find csrc -type f) $(wildcard tests/simulator/*.cpp 
 # What the tests need, and what they need besides with this torch, where pyproject.toml has an extra named after it.
 TEST_EXTRAS := test demo $(shell sed -nE 's/^"(test-$(KEY))" = .*/\1/p' pyproject.toml)
 
-.PHONY: help test demo bench bench-full lint docs sanitize coverage clean again
+.PHONY: help test demo bench bench-full lint docs sanitize coverage test-matrix wheels clean again
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -112,7 +115,7 @@ docs: $(BUILT) $(call extra,docs)
 # what is freed stays resident for a while.
 SANITIZER ?= address,undefined
 SANITIZED := build/sanitize-$(KEY)/$(SANITIZER)
-sanitize: TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks.py compile.py docs.py examples.py large_pages.py package.py pages.py), \
+sanitize: TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks.py compile.py docs.py examples.py large_pages.py matrix.py package.py pages.py), \
 	$(wildcard tests/test_*.py)) $(addprefix tests/programs/,test_forward.py test_backward.py) \
 	$(addprefix tests/guard/,test_guard.py test_bugs.py test_torch_features.py)
 # Each access checked by a call: the files full of vectors compile in little more than half the time.
@@ -169,9 +172,19 @@ clean:
 	$(call say,removing build/ and dist/ and the extension in the tree; .venv/ stays)
 	@rm -rf build dist *.egg-info safe_inplace/_C*.so tests/*/_*.so $(NOTE)
 
+define require-python
+@test -n '$(PYTHON)' || { echo 'Python $(PYTHONS) is needed, and none is on PATH; install one, or name it: PYTHON=...'; exit 1; }
+@'$(PYTHON)' -c '$(SUPPORTED)' || { echo '$(PYTHON) is not Python $(PYTHONS); name one: PYTHON=...'; exit 1; }
+endef
+
+# By the targets above, with each torch in turn. TORCHES, ARGS and REUSE are read from the environment, where make leaves what
+# it was given.
+test-matrix wheels:
+	$(require-python)
+	@'$(PYTHON)' -m matrix $@
+
 $(VENV)/.python:
-	@test -n '$(PYTHON)' || { echo 'Python $(PYTHONS) is needed, and none is on PATH; install one, or name it: PYTHON=...'; exit 1; }
-	@'$(PYTHON)' -c '$(SUPPORTED)' || { echo '$(PYTHON) is not Python $(PYTHONS); name one: PYTHON=...'; exit 1; }
+	$(require-python)
 	$(call say,virtual environment $(VENV) with $(shell $(PYTHON) --version))
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
@@ -184,9 +197,12 @@ $(VENV)/.torch: $(VENV)/.python
 	@$(PY) -m pip install -qq '$(TORCH)' numpy -r <($(call requirements,p["build-system"]["requires"]))
 	@touch $@
 
+# With the torch that is there, whatever one of them, or a setting of pip, would have in its place.
+THIS_TORCH = <($(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))')
+
 $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 	$(call say,installing what the $* needs)
-	@$(PY) -m pip install -qq -r <($(call requirements,p["project"]["optional-dependencies"]["$*"]))
+	@$(PY) -m pip install -qq -c $(THIS_TORCH) -r <($(call requirements,p["project"]["optional-dependencies"]["$*"]))
 	@touch $@
 
 ifneq ($(CONFIG),$(shell cat $(IN_TREE) 2>/dev/null))

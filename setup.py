@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
@@ -132,11 +133,7 @@ def version(facts: dict[str, str | None] | None = None) -> str:
     # The version that an index promises of an sdist is the version that its build must have.
     if facts is None or (ROOT / "PKG-INFO").is_file():
         return public
-    return f"{public}+torch{minor(facts['torch'])}.{'cu' + facts['cuda'].replace('.', '') if facts['cuda'] else 'cpu'}"
-
-
-def minor(torch_version: str) -> str:
-    return ".".join(torch_version.split(".")[:2])
+    return f"{public}+torch{Version(facts['torch']).public}.{'cu' + facts['cuda'].replace('.', '') if facts['cuda'] else 'cpu'}"
 
 
 def system_includes(torch, cuda_home: Path | None) -> list[str]:
@@ -341,7 +338,8 @@ def build_arguments() -> dict:
 
     return {
         "version": version(facts),
-        "install_requires": [f"torch=={minor(facts['torch'])}.*"],
+        # The import refuses any other: nobody promises that a class keeps its layout in the next patch release.
+        "install_requires": [f"torch=={Version(facts['torch']).public}"],
         "ext_modules": [shipped],
         "cmdclass": {"build_ext": build_ext, "build_test_extensions": build_test_extensions},
     }

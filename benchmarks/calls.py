@@ -18,7 +18,7 @@ from torch.utils.benchmark import Timer
 
 from tests.op_table import BY_NAME, Op
 
-from .results import ROOT
+from .pages import ROOT
 
 ELEMENTS = 16
 # Calls that share one graph: the multiplication that starts it weighs little, and the graph's end is paid for.

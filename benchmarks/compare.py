@@ -29,8 +29,9 @@ import safe_inplace
 from .cases import Case
 from .implementations import OURS
 from .models import Model
+from .pages import ROOT, commit
 from .report import bytes_text, seconds_text
-from .results import ROOT, Measured, Row, commit, provenance
+from .results import Measured, Row, provenance
 from .runner import Effort, Reference, run_case, run_model
 
 Job = Case | Model

@@ -17,7 +17,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from .results import MODELS, PATCHED, ROOT, StepRow, read, result_files
+from .pages import ROOT
+from .results import MODELS, PATCHED, StepRow, read, result_files
 
 PICTURE = ROOT / "docs" / "first-look.png"
 PROGRAM = Path("examples") / "silently_wrong.py"

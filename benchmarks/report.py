@@ -16,12 +16,12 @@ import matplotlib.pyplot as plt
 
 from tests.op_table import OPS
 
-from . import targets
+from . import pages, targets
 from .cases import CALL, LAYOUTS, MODES, RECORDED, TRAINING, TRAINING_STEP
 from .implementations import COMPILED, COMPILED_IN_PLACE, IN_PLACE, ORDER, OURS, OUT_OF_PLACE
-from .results import MODELS, PATCHED, PLAIN, RESULTS, ROOT, WAYS, Row, StepRow, Table, read, result_files
+from .pages import README, ROOT, markdown
+from .results import MODELS, PATCHED, PLAIN, RESULTS, WAYS, Row, StepRow, Table, read, result_files
 
-README = ROOT / "README.md"
 DETAILS = RESULTS / "README.md"
 PATCH_PAGE = ROOT / "docs" / "patch.md"
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks, not by hand -->", "<!-- /benchmarks -->"
@@ -117,11 +117,6 @@ def targets_table(rows: list[Row], about: dict[str, str], every: bool = False) -
     for cells in target_rows(rows, about, every):
         table.add_row(*cells)
     return table
-
-
-def markdown(header: list[str], body: list[list[str]], right: int = 1) -> str:
-    align = ["---" if i < right else "---:" for i in range(len(header))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *body))
 
 
 def ratios(table: Table, *case) -> str:
@@ -264,12 +259,7 @@ def cases_markdown(rows: list[Row]) -> str:
 
 
 def insert(text: str, section: str) -> str:
-    """The text with the section between its markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the README lacks the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+    return pages.insert(text, section, BEGIN, END)
 
 
 def plot_share(path: Path, out: Path) -> None:

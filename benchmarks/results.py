@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,8 +21,8 @@ import torch
 import safe_inplace
 
 from .cases import past_cache
+from .pages import commit, processor
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
 MODELS = RESULTS / "models"
@@ -114,29 +113,7 @@ class StepRow:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", text, re.MULTILINE))
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    if not re.search(r"\d", name) and "model" in facts:
-        name += f" family {facts['cpu family']} model {facts['model']}"
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def git(tree: Path, *arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(tree), *arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def commit(tree: Path = ROOT, variable: str = "COMMIT") -> str:
-    """The commit, and whether anything but result files differed from it when the extension was measured."""
-    top = git(tree, "rev-parse", "--show-toplevel")
-    head = git(tree, "rev-parse", "--short=12", "HEAD")
-    if top is None or head is None or Path(top).resolve() != tree.resolve():
-        # A copy of the tree without its history; a repository around it has the history of something else.
-        return os.environ.get(variable, "unknown")
-    changed = git(tree, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
-    return f"{head}-dirty" if changed else head
+    return f"{processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def command_line(arguments: Sequence[str]) -> str:

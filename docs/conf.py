@@ -37,7 +37,7 @@ CONTENTS = {
         "docs/performance",
         "docs/api",
     ],
-    "Trust": ["docs/safety", "docs/testing", "docs/coverage"],
+    "Trust": ["docs/safety", "docs/testing", "docs/matrix", "docs/coverage"],
     "Build": ["docs/building", "docs/design", "docs/cuda", "docs/adding-a-backend", "CONTRIBUTING", "CHANGELOG"],
     "Results": ["benchmarks/results/README", "benchmarks/results/models/README"],
 }

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import sysconfig
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -37,7 +38,9 @@ def require_matching_build() -> None:
             f"safe_inplace was built for torch {build.torch}, but this is torch {torch.__version__}. "
             f"Install torch {build.torch}, or build safe_inplace for this one: {REMEDY}"
         )
-    if not any((PACKAGE / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+    # A file that fits this interpreter may be left from another build, for another torch: the note speaks of the last one.
+    built = any((PACKAGE / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
+    if build.python != sysconfig.get_python_version() or not built:
         raise ImportError(
             f"safe_inplace at {PACKAGE} was built for Python {build.python}, but this is Python "
             f"{sys.version_info.major}.{sys.version_info.minor}. Build it for this one: {REMEDY}"

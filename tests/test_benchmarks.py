@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, families, first_look, models, report, results, steps, targets
+from benchmarks import cases, compare, families, first_look, models, pages, report, results, steps, targets
 from benchmarks.cases import (
     CALL,
     FORWARD,
@@ -341,7 +341,7 @@ for case in product(OPS, LAYOUTS.keys() - MEETING, [torch.float32], [16 << 10], 
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=results.ROOT,
+        cwd=pages.ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -350,7 +350,7 @@ for case in product(OPS, LAYOUTS.keys() - MEETING, [torch.float32], [16 << 10], 
 
 
 def gpu_host(tmp_path, **environment):
-    script = results.ROOT / "benchmarks" / "gpu_host.sh"
+    script = pages.ROOT / "benchmarks" / "gpu_host.sh"
     environment = os.environ | {"PYTHON": sys.executable, "COMMIT": "0123abc"} | environment
     done = subprocess.run([script, tmp_path], env=environment, capture_output=True, text=True)
     return done.returncode, (tmp_path / "summary.txt").read_text()
@@ -380,7 +380,7 @@ def test_a_gpu_host_measures_models_where_asked(tmp_path):
 def tree_in_a_repository(folder):
     """A tree without a history of its own, in the repository of something else."""
     tree = folder / "tree"
-    shutil.copytree(results.ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    shutil.copytree(pages.ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "of something else"]):
         name = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
         subprocess.run(["git", "-C", folder, *name, *arguments], check=True)
@@ -394,14 +394,14 @@ needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="makes a repo
 def test_a_repository_around_the_tree_is_not_its_history(tmp_path, monkeypatch):
     tree = tree_in_a_repository(tmp_path)
     monkeypatch.delenv("COMMIT", raising=False)
-    assert results.commit(tree) == "unknown"
+    assert pages.commit(tree) == "unknown"
     monkeypatch.setenv("COMMIT", "0123abc")
-    assert results.commit(tree) == "0123abc"
+    assert pages.commit(tree) == "0123abc"
     # What has a history goes by that.
-    head = results.git(tmp_path, "rev-parse", "--short=12", "HEAD")
-    assert results.commit(tmp_path) == head
+    head = pages.git(tmp_path, "rev-parse", "--short=12", "HEAD")
+    assert pages.commit(tmp_path) == head
     (tmp_path / "tree" / "benchmarks" / "cases.py").unlink()
-    assert results.commit(tmp_path) == f"{head}-dirty"
+    assert pages.commit(tmp_path) == f"{head}-dirty"
 
 
 @needs_git
@@ -421,7 +421,7 @@ def test_a_gpu_host_asks_for_the_commit_of_a_tree_without_history(tmp_path):
 def base_tree(tmp_path):
     """This very package once more, as another build."""
     tree = tmp_path / "base"
-    shutil.copytree(results.ROOT / "safe_inplace", tree / "safe_inplace", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(pages.ROOT / "safe_inplace", tree / "safe_inplace", ignore=shutil.ignore_patterns("__pycache__"))
     return tree
 
 

@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import safe_inplace
 from safe_inplace import _build
@@ -87,6 +90,14 @@ def test_import_under_another_python_names_both(package_copy):
     assert message.startswith("ImportError: ") and f"this is Python {sys.version_info.major}.{sys.version_info.minor}" in message
 
 
+def test_import_does_not_load_what_an_earlier_build_left_for_this_python(package_copy):
+    """In one tree, for one Python after another: each leaves its file, and the note is of the last torch."""
+    note = package_copy / "_build_info.py"
+    note.write_text(re.sub("^python = .*$", "python = '3.10'", note.read_text(), flags=re.MULTILINE))
+    message = import_error(package_copy)
+    assert "was built for Python 3.10, but this is Python" in message
+
+
 @pytest.mark.skipif(_build.read_build().cuda is not None, reason="needs a build without CUDA")
 def test_the_first_call_on_cuda_says_that_it_was_left_out(tmp_path):
     program = """
@@ -131,6 +142,22 @@ def test_make_says_what_each_target_does():
     said = subprocess.run(["make", "-s", "-C", ROOT], capture_output=True, text=True, timeout=60).stdout
     targets = re.findall(r"^make (\S+) {2,}\S", said, re.MULTILINE)
     assert sorted(targets) == sorted(set(phony.split()) - {"help", "again"})
+
+
+def test_make_installs_no_other_torch_with_what_the_tests_need(tmp_path):
+    """One of the packages, or a setting of pip, may want another."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f"""#!/bin/bash
+[[ "$1 $2" == "-m pip" ]] || exec {sys.executable} "$@"
+while [ $# -gt 0 ]; do [[ $1 == -c ]] && cat "$2" >> {tmp_path}/constraints; shift; done
+""")
+    python.chmod(0o755)
+    for stamp in (".python", ".torch"):
+        (tmp_path / stamp).touch()
+    words = ["make", "-s", "-C", ROOT, "TORCH=torch==2.13.0", f"VENV={tmp_path}", f"{tmp_path}/.extra-test"]
+    subprocess.run(words, check=True, timeout=60)
+    assert (tmp_path / "constraints").read_text() == f"torch=={version('torch')}\n"
 
 
 def test_the_table_of_the_readme_lists_the_ops():
@@ -297,7 +324,7 @@ def setup_of_small_sources(
 class TestMetadata:
     """A wheel names the one torch that it was compiled for, an sdist the range of those that it can be compiled for."""
 
-    MINOR = ".".join(torch.__version__.split(".")[:2])
+    TORCH = Version(torch.__version__).public
 
     def pack(self, folder: Path, *commands: str) -> Path:
         result = setup_of_small_sources(folder, *commands, sources={"csrc/small.cpp": SMALL_MODULE.replace("NAME", "_C")})
@@ -312,8 +339,18 @@ class TestMetadata:
 
     def test_a_wheel(self, tmp_path):
         wheel = self.pack(tmp_path, "bdist_wheel")
-        assert wheel.name.startswith(f"safe_inplace-0+torch{self.MINOR}.cpu-")
-        assert self.of_torch(wheel) == [f"torch=={self.MINOR}.*"]
+        assert wheel.name.startswith(f"safe_inplace-0+torch{self.TORCH}.cpu-")
+        assert self.of_torch(wheel) == [f"torch=={self.TORCH}"]
+
+    def test_a_wheel_requires_no_torch_that_its_import_refuses(self, tmp_path):
+        """Nor refuses the one that it is for: torch's own version may name its CUDA, which that of its package may leave out."""
+        (requirement,) = map(Requirement, self.of_torch(self.pack(tmp_path, "bdist_wheel")))
+        mine = Version(torch.__version__)
+        fits = requirement.specifier.contains
+        assert fits(str(mine)) and fits(mine.public)
+        major, minor, patch = mine.release
+        for other in (f"{major}.{minor}.{patch + 1}", f"{major}.{minor}.{patch + 1}+cpu", f"{major}.{minor + 1}.0"):
+            assert not fits(other), other
 
     def test_an_sdist_and_a_wheel_from_it(self, tmp_path):
         """The wheel has the sdist's version: pip refuses another one where the sdist came from an index."""
@@ -325,7 +362,7 @@ class TestMetadata:
         assert re.search(r"^Requires-Dist: torch<[\d.]+,>=[\d.]+$", text, re.MULTILINE)
         wheel = self.pack(unpacked, "bdist_wheel")
         assert wheel.name.startswith("safe_inplace-0-")
-        assert self.of_torch(wheel) == [f"torch=={self.MINOR}.*"]
+        assert self.of_torch(wheel) == [f"torch=={self.TORCH}"]
 
 
 def test_a_build_that_leaves_cuda_out_says_so(tmp_path):
