@@ -143,7 +143,7 @@ class Gathered(Generic[R]):
 def gather(
     found: Iterable[list[R]], total: int, title: str, options: argparse.Namespace, console: Console
 ) -> Gathered[R]:
-    """The rows of each case, until all are there, the time is up, a build fails or somebody interrupts."""
+    """The rows of each case as a file keeps them, until all are there, the time is up, a build fails or somebody interrupts."""
     gathered = Gathered[R]()
     why = ""
     began = perf_counter()
@@ -151,7 +151,7 @@ def gather(
         task = progress.add_task(title, total=total)
         try:
             for rows in found:
-                gathered.rows += rows
+                gathered.rows += map(results.as_kept, rows)
                 gathered.done += 1
                 progress.update(task, advance=1, description=rows[-1].title)
                 if options.within and perf_counter() - began > options.within:

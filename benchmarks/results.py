@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,6 +149,16 @@ def file_name(about: dict[str, str]) -> str:
     return slug.strip("-") + ".csv"
 
 
+def _kept(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def as_kept(row: R) -> R:
+    """As a file of it is read again: a number that is rounded twice may be another one."""
+    numbers = {name: float(_kept(value)) for name, value in vars(row).items() if isinstance(value, float)}
+    return replace(row, **numbers)  # type: ignore[type-var]
+
+
 def write(path: Path, about: dict[str, str], rows: Sequence[Any]) -> None:
     """The whole file, or nothing of it. Of rows of one dataclass, whichever."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +168,7 @@ def write(path: Path, about: dict[str, str], rows: Sequence[Any]) -> None:
         writer = csv.DictWriter(file, [f.name for f in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+            writer.writerow({k: _kept(v) for k, v in asdict(row).items()})
     partial.replace(path)
 
 

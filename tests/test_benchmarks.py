@@ -12,12 +12,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
+
+from rich.console import Console
 
 from benchmarks import __main__ as command
 from benchmarks import cases, compare, families, first_look, models, pages, report, results, steps, targets
@@ -543,6 +546,15 @@ def test_the_share_of_sums_and_products_is_read_from_a_trace():
 @pytest.mark.parametrize("count, low, high", [(5, 0, 4), (6, 0, 5), (9, 1, 7), (15, 3, 11)])
 def test_the_interval_of_a_median(count, low, high):
     assert interval_of_median([float(i) for i in range(count)][::-1]) == (low, high)
+
+
+def test_what_is_printed_is_what_the_file_says(tmp_path):
+    """Rounded once: 0.134996 is 13 percent, and 14 where it was 0.1350 in between."""
+    rows = list(measured("mul_add_", "full", "forward").values())
+    rows = [replace(row, p50=0.134996) for row in rows]
+    found = command.gather([rows], 1, "", SimpleNamespace(within=None), Console(quiet=True)).rows
+    results.write(tmp_path / "rows.csv", results.provenance(CPU), found)
+    assert found == results.read(tmp_path / "rows.csv")[1] and found[0].p50 == 0.135
 
 
 def test_models_from_the_command_line(tmp_path, capsys):
