@@ -42,6 +42,15 @@ def random_tensor(shape, dtype, device="cpu", generator=None) -> torch.Tensor:
     return torch.randn(shape, dtype=wide, generator=generator).to(device=device, dtype=dtype)
 
 
+def laid_out(tensor: torch.Tensor, order, around: int = 0) -> torch.Tensor:
+    """The same values, the dimensions in memory from the outermost to the innermost as named, and as many sevens around them."""
+    dense = tensor.permute(order)
+    memory = torch.full((dense.numel() + 2 * around,), 7, dtype=tensor.dtype, device=tensor.device)
+    memory[around : around + dense.numel()] = dense.reshape(-1)
+    inverse = [order.index(dim) for dim in range(tensor.dim())]
+    return memory[around : around + dense.numel()].view(dense.shape).permute(inverse)
+
+
 def arrange(memory: str, shape, dtype, device="cpu") -> torch.Tensor:
     """A random tensor of this shape in the given kind of memory."""
     shape = tuple(shape)

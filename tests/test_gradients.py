@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .checks import assert_bit_equal, assert_close, grad_tolerance
-from .layouts import COMPLEX, FLOATING, LAZY, MEDIUM, SMALL, random_tensor, short
+from .layouts import COMPLEX, FLOATING, LAZY, MEDIUM, SMALL, laid_out, random_tensor, short
 from .op_table import OPS
 
 op_ids = {"ids": lambda op: op.name}
@@ -182,11 +182,6 @@ def test_gradients_equal_float64(op, dtype, device):
             assert a.dtype == tensor.dtype and a.shape == tensor.shape
             terms = max(1, grad_output.numel() // max(1, tensor.numel()))
             assert_close(a, e, grad_tolerance(dtype, terms))
-
-
-def laid_out(tensor, order):
-    """The same values, the dimensions in memory from the outermost to the innermost as named."""
-    return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
 
 
 # What the operands are broadcast along: everything, channels, positions, samples, nothing.

@@ -9,7 +9,7 @@ import torch
 import safe_inplace
 
 from .checks import Untouched, assert_bit_equal
-from .layouts import random_tensor, short
+from .layouts import laid_out, random_tensor, short
 from .op_table import BY_NAME, OPS, Op
 
 op_ids = {"ids": lambda op: op.name}
@@ -84,12 +84,8 @@ SIZES = [(2, 300, 7, 7), (1, 3, 20, 1100), (2, 3, 30, 40), (3, 65, 9, 17), (2, 2
 
 
 def ordered(tensor, order):
-    """The same values, the dimensions in memory from the outermost to the innermost as named; a part of a larger storage."""
-    inverse = [order.index(dim) for dim in range(4)]
-    dense = tensor.permute(order)
-    around = torch.full((dense.numel() + 2,), 7, dtype=tensor.dtype)
-    around[1:-1] = dense.reshape(-1)
-    return around[1:-1].view(dense.shape).permute(inverse)
+    """A part of a larger storage."""
+    return laid_out(tensor, order, around=1)
 
 
 def every_order(shape, dtype, operand_dtype, count):
