@@ -46,8 +46,9 @@ struct Walk {
   // instead of 2.76 for 64 MiB of half in rows of 512 (one Zen 4 core).
   int64_t stack = 1;
   bool transposed = false; // an operand, or what is written
+
   // Elements that pass through a buffer at a time.
-  int64_t block = kBlock;
+  int64_t block() const { return transposed ? kTransposedBlock : kBlock; }
 };
 
 // An operand of the forward loops for one thread: what the loops will be handed, and the buffer behind it.
@@ -76,7 +77,7 @@ struct ForwardOperand {
     loaded = plan.dtype;
     const bool in_place = arg->dtype == plan.dtype && (walk.short_rows ? is_contiguous(*arg, shape) : arg->strides[0] == 1);
     source = in_place ? Memory : Copied;
-    bytes = in_place ? 0 : copied_bytes(std::min(walk.block, shape.numel));
+    bytes = in_place ? 0 : copied_bytes(std::min(walk.block(), shape.numel));
   }
 
   void prepare(const ForwardPlan& plan, const Arg& operand, const Walk& walk) {
@@ -107,7 +108,7 @@ struct ForwardOperand {
     } else {
       source = narrower ? Copied : Memory;
     }
-    const int64_t block = std::min(walk.block, shape.numel);
+    const int64_t block = std::min(walk.block(), shape.numel);
     bytes = limits_columns()                               ? copied_bytes(block)
             : source == OnePerRow && operand.dtype != math ? block * dtype_size[int(math)]
             : source == Repeated                           ? shape.sizes[0] * walk.stack * dtype_size[int(math)]
@@ -176,7 +177,6 @@ Walk choose_walk(const ForwardPlan& plan, bool transposed) {
   const Shape& shape = plan.shape;
   Walk walk;
   walk.transposed = transposed;
-  walk.block = transposed ? kTransposedBlock : kBlock;
   if (shape.ndim == 1) {
     return walk;
   }
@@ -232,7 +232,7 @@ struct ForwardPass {
   const bool in_place = plan.result.data == nullptr;
   const bool copy_result = is_copied(plan.written());
   const bool copy_kept = plan.kept.data != nullptr && is_copied(plan.kept);
-  const int64_t copied_bytes = Scratch::aligned(std::min(walk.block, plan.shape.numel) * dtype_size[int(plan.dtype)]);
+  const int64_t copied_bytes = Scratch::aligned(std::min(walk.block(), plan.shape.numel) * dtype_size[int(plan.dtype)]);
   std::optional<Blocks> blocks; // the units of the work; else elements are
   std::optional<ForwardOperand> input; // where it is not the result
   ForwardOperand operands[2];
@@ -290,7 +290,7 @@ Index ForwardPass::rows_at(int64_t element, int64_t end, ForwardBlock& block) co
   block.rows = 1;
   if (walk.short_rows) {
     // Whole rows, so that what is periodic always starts at the same phase.
-    block.n = std::min(left, index[0] == 0 ? walk.block / inner * inner : to_row_end);
+    block.n = std::min(left, index[0] == 0 ? walk.block() / inner * inner : to_row_end);
   } else if (index[0] == 0 && left > inner && plan.shape.ndim > 1) {
     const int64_t rows = std::min(left / inner, plan.shape.sizes[1] - index[1]);
     block.n = inner * std::min(rows, walk.stack);
