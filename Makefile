@@ -157,7 +157,7 @@ coverage: $(venv) $(foreach name,$(TEST_EXTRAS) coverage,$(call extra,$(name)))
 		$(abspath $(PY)) setup.py build_ext --inplace $(TEST_EXTENSIONS) > ../log 2>&1 || { tail -n 40 ../log; exit 1; }
 	@find $(COVERED) -name '*.gcda' -delete && rm -rf $(COVERAGE)/{python,core} $(COVERAGE)/python.data* $(COVERAGE)/*.{json,xml}
 	$(call say,tests with coverage)
-	@export COMMIT=$$(git describe --always --dirty --abbrev=12 --exclude='*' 2> /dev/null || echo unknown) \
+	@export COMMIT=$$($(abspath $(PY)) -c 'from benchmarks.pages import commit; print(commit())') \
 		COVERAGE_FILE=$(abspath $(COVERAGE))/python.data PYTHONPATH=$(abspath $(COVERED)); cd $(COVERED); \
 		$(abspath $(PY)) -m coverage run -m pytest -p tests.counts -n $(MAX_JOBS) --dist worksteal -p no:cacheprovider \
 			--junitxml=../tests.xml $(TESTS) $(ARGS) || failed=$$?; \

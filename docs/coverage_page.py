@@ -4,11 +4,12 @@ import json
 import os
 import platform
 import sys
-import xml.etree.ElementTree as xml
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
+
+from benchmarks.pages import markdown
+from matrix.rows import counts
 
 PAGE = """# Coverage
 
@@ -25,6 +26,7 @@ Of CUDA there is what the tests run on the CPU, the planning and the code of its
 [the page of the tests](testing.md#what-they-reach).
 
 {tables}
+
 A file of which all is reached has no row of its own.
 """
 
@@ -55,13 +57,13 @@ def core(text: str) -> list[Reached]:
     return [Reached(PurePath(file["filename"]), *(file[field] for field in fields)) for file in json.loads(text)["files"]]
 
 
-def outcome(text: str, status: int) -> str:
+def outcome(report: Path, status: int) -> str:
     """Of pytest's report, and of how it ended: 2 is by a signal."""
-    (suite,) = xml.fromstring(text).iter("testsuite")
-    tests, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
-    failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
-    counts = {"passed": tests - skipped - failed, "failed": failed, "skipped": skipped}
-    words = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    found = counts(report)
+    if found is None:
+        raise FileNotFoundError(report)
+    numbers = {"passed": found.passed, "failed": found.failed, "skipped": found.skipped}
+    words = ", ".join(f"{count:,} {what}" for what, count in numbers.items() if count)
     return f"{words}, and then it was interrupted, by which counts are lost" if status == 2 else words
 
 
@@ -70,28 +72,26 @@ def share(part: int, whole: int) -> str:
     return f"{1000 * part // whole / 10:.1f}% of {whole:,}" if whole else "-"
 
 
-def row(name: str, found: list[Reached]) -> str:
+def row(name: str, found: list[Reached]) -> list[str]:
     lines = share(sum(one.lines for one in found), sum(one.lines_of for one in found))
     branches = share(sum(one.branches for one in found), sum(one.branches_of for one in found))
-    return f"| {name} | {lines} | {branches} |"
+    return [name, lines, branches]
 
 
-def table(heading: str, found: list[Reached]) -> Iterator[str]:
-    yield f"| {heading} | lines | branches |"
-    yield "| --- | ---: | ---: |"
-    yield row("**all**", found)
+def table(heading: str, found: list[Reached]) -> str:
+    body = [row("**all**", found)]
     for folder in sorted({one.file.parent for one in found}):
         here = sorted((one for one in found if one.file.parent == folder), key=lambda one: one.file)
         if folder.name:
-            yield row(f"**{folder}**", here)
-        yield from (row(str(one.file) if not folder.name else one.file.name, [one]) for one in here if not one.whole)
-    yield ""
+            body.append(row(f"**{folder}**", here))
+        body += [row(str(one.file) if not folder.name else one.file.name, [one]) for one in here if not one.whole]
+    return markdown([heading, "lines", "branches"], body)
 
 
 def page(folder: Path, about: str, command: str, status: int = 0) -> str:
-    read = {name: (folder / name).read_text(encoding="utf-8") for name in ("python.json", "core.json", "tests.xml")}
-    tables = [*table("Python", python(read["python.json"])), *table("C++", core(read["core.json"]))]
-    return PAGE.format(about=about, command=command, outcome=outcome(read["tests.xml"], status), tables="\n".join(tables))
+    found = {"Python": python((folder / "python.json").read_text()), "C++": core((folder / "core.json").read_text())}
+    tables = "\n\n".join(table(heading, reached) for heading, reached in found.items())
+    return PAGE.format(about=about, command=command, outcome=outcome(folder / "tests.xml", status), tables=tables)
 
 
 def main() -> None:
