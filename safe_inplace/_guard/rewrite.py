@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import CodeType, FrameType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -53,6 +53,12 @@ class Rewritten:
 
 def _is_parameter(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not value._is_view() and value.is_leaf and value.requires_grad
+
+
+def _bound_to_be_watched(method: str) -> int:
+    """The references of the method that CPython 3.11 binds to the tensor for a tracer or a profiler: one, where there is one."""
+    watched = sys.version_info < (3, 12) and (sys.gettrace() or sys.getprofile()) is not None
+    return int(watched and isinstance(inspect.getattr_static(torch.Tensor, method), MethodDescriptorType))
 
 
 def _of_a_leaf(tensor: torch.Tensor) -> bool:
@@ -300,7 +306,7 @@ class _Write:
                 return Rewritten()
             if isinstance(slot, ast.Subscript) and self.value(slot) is UNKNOWN:
                 return self._part_called(slot, call)
-            if not self.may_rebind(slot, held=1):
+            if not self.may_rebind(slot, held=1 + _bound_to_be_watched(method)):
                 return Rewritten()
             pure = self._pure(method) if hasattr(torch.Tensor, method[:-1]) else None
             owner = slot if pure else method_call(slot, "clone", [])

@@ -3,9 +3,11 @@
 import ast
 import inspect
 import linecache
+import sys
 import textwrap
 import types
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -270,12 +272,40 @@ def outcome(code, mode):
     return [*(tensor.detach() for tensor in tensors), x.grad]
 
 
+def trace(frame, event, argument):
+    return trace
+
+
+# As a debugger, the coverage of lines and a profiler do it.
+WATCHERS = {
+    "nobody": (None, None),
+    "tracer of lines": (sys.settrace, trace),
+    "tracer of calls": (sys.settrace, lambda *event: None),
+    "profiler": (sys.setprofile, lambda *event: None),
+}
+
+
+@contextmanager
+def watching(watcher):
+    start, function = WATCHERS[watcher]
+    if start is None:
+        yield
+        return
+    before = sys.gettrace() if start is sys.settrace else sys.getprofile()
+    start(function)
+    try:
+        yield
+    finally:
+        start(before)
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
 @pytest.mark.parametrize("statement", STATEMENTS)
-def test_statements(statement):
+def test_statements(statement, watcher):
     text, code = program(statement)
     names = {**globals(), "writes": [torch.relu_], "mul_": safe_inplace.mul_}
     exec(code, names)
-    with pytest.raises(HazardError) as caught, guard():
+    with pytest.raises(HazardError) as caught, guard(), watching(watcher):
         values = names["run"](torch.tensor([0.5, 1.0, 2.0], requires_grad=True))
         values[0].sum().backward()  # a write to a module's buffer waits for it
     hazard = caught.value.hazard
