@@ -22,8 +22,7 @@ A line is reached where any process of the tests ran it: workers of pytest, what
 by a process that was killed. Not reached is what is there for another torch, another Python or another CPU. Branches of C++ are
 counted without those of exceptions, and in a template for each of its instances: where there are thousands, the lines say more.
 Of CUDA there is what the tests run on the CPU, the planning and the code of its kernels in `csrc/cuda/*.h`, where
-`tests/test_cuda_plan.py` is among them; the `.cu` files are not compiled here. What fails because lines are counted, says
-[the page of the tests](testing.md#what-they-reach).
+`tests/test_cuda_plan.py` is among them; the `.cu` files are not compiled here.
 
 {tables}
 
