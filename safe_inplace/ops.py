@@ -49,6 +49,11 @@ def _beside_math(input: Tensor, operand: Tensor) -> Tensor:
     return operand.to(torch.promote_types(operand.dtype, _math_dtype(input)))
 
 
+def _scaled_by(alpha: Number) -> dict[str, Number]:
+    """Nothing where nothing is scaled: torch 2.11, compiling, multiplies even then, and cannot where `other` is 2**63."""
+    return {} if type(alpha) is int and alpha == 1 else {"alpha": alpha}
+
+
 def _old(input: Tensor) -> Tensor:
     """A copy of what will be overwritten, in the dtype that the fused formulas compute in."""
     return input.to(_math_dtype(input), copy=True)
@@ -96,7 +101,7 @@ def add_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
         >>> safe_inplace.add_(x, torch.tensor([10.0, 20.0]), alpha=0.5)
         tensor([ 6., 12.])
     """
-    return input.add_(other, alpha=alpha)
+    return input.add_(other, **_scaled_by(alpha))
 
 
 @_op
@@ -252,7 +257,7 @@ def add(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
         >>> safe_inplace.add(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), alpha=0.5)
         tensor([ 6., 12.])
     """
-    return torch.add(input, other, alpha=alpha)
+    return torch.add(input, other, **_scaled_by(alpha))
 
 
 @_op
