@@ -49,9 +49,9 @@ def _beside_math(input: Tensor, operand: Tensor) -> Tensor:
     return operand.to(torch.promote_types(operand.dtype, _math_dtype(input)))
 
 
-def _scaled_by(alpha: Number) -> dict[str, Number]:
-    """Nothing where nothing is scaled: torch 2.11, compiling, multiplies even then, and cannot where `other` is 2**63."""
-    return {} if type(alpha) is int and alpha == 1 else {"alpha": alpha}
+def _is_one(alpha: Number) -> bool:
+    """Then nothing is to be scaled: torch 2.11, compiling, multiplies even so, and cannot where `other` is 2**63."""
+    return type(alpha) is int and alpha == 1
 
 
 def _old(input: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def add_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
         >>> safe_inplace.add_(x, torch.tensor([10.0, 20.0]), alpha=0.5)
         tensor([ 6., 12.])
     """
-    return input.add_(other, **_scaled_by(alpha))
+    return input.add_(other) if _is_one(alpha) else input.add_(other, alpha=alpha)
 
 
 @_op
@@ -257,7 +257,7 @@ def add(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
         >>> safe_inplace.add(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), alpha=0.5)
         tensor([ 6., 12.])
     """
-    return torch.add(input, other, **_scaled_by(alpha))
+    return torch.add(input, other) if _is_one(alpha) else torch.add(input, other, alpha=alpha)
 
 
 @_op
