@@ -56,8 +56,8 @@ def _is_parameter(value: Any) -> bool:
 
 
 def _bound_to_be_watched(method: str) -> int:
-    """The references of the method that CPython 3.11 binds to the tensor for a tracer or a profiler: one, where there is one."""
-    watched = sys.version_info < (3, 12) and (sys.gettrace() or sys.getprofile()) is not None
+    """How many references come of it that CPython 3.11 binds a method of C to its tensor for a tracer or a profiler."""
+    watched = sys.version_info < (3, 12) and not (sys.gettrace() is None and sys.getprofile() is None)
     return int(watched and isinstance(inspect.getattr_static(torch.Tensor, method), MethodDescriptorType))
 
 

@@ -278,25 +278,22 @@ def trace(frame, event, argument):
 
 # As a debugger, the coverage of lines and a profiler do it.
 WATCHERS = {
-    "nobody": (None, None),
-    "tracer of lines": (sys.settrace, trace),
-    "tracer of calls": (sys.settrace, lambda *event: None),
-    "profiler": (sys.setprofile, lambda *event: None),
+    "nobody": (sys.gettrace, sys.settrace, None),
+    "tracer of lines": (sys.gettrace, sys.settrace, trace),
+    "tracer of calls": (sys.gettrace, sys.settrace, lambda *event: None),
+    "profiler": (sys.getprofile, sys.setprofile, lambda *event: None),
 }
 
 
 @contextmanager
 def watching(watcher):
-    start, function = WATCHERS[watcher]
-    if start is None:
-        yield
-        return
-    before = sys.gettrace() if start is sys.settrace else sys.getprofile()
-    start(function)
+    present, set, function = WATCHERS[watcher]
+    before = present()
+    set(function or before)
     try:
         yield
     finally:
-        start(before)
+        set(before)
 
 
 @pytest.mark.parametrize("watcher", WATCHERS)
