@@ -6,6 +6,9 @@
 
 #include <ATen/ThreadLocalPythonObjects.h>
 #include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "guard/tensor_parts.h"
 
 namespace safe_inplace::guard {
 namespace {
@@ -109,6 +112,32 @@ Object Policy::parts(const at::Tensor& tensor, Which which) const {
 Object operator_name(const c10::OperatorName& name) {
   const auto text = c10::toString(name);
   return checked(PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size())));
+}
+
+void each_plain(const at::Tensor& tensor, const Policy& policy, c10::function_ref<void(const at::Tensor&)> visit, Which which) {
+  if (plain(tensor)) {
+    visit(tensor);
+  } else if (policy) {
+    const auto parts = policy.parts(tensor, which);
+    const auto sequence = checked(PySequence_Fast(parts.get(), "the parts of a tensor subclass"));
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.get()); ++i) {
+      visit(THPVariable_Unpack(PySequence_Fast_GET_ITEM(sequence.get(), i)));
+    }
+  }
+}
+
+void each_note(const std::vector<Object>& values, const Object& notes, c10::function_ref<void(const Object&, PyObject*)> visit) {
+  if (notes.get() == Py_None) {
+    return;
+  }
+  const auto sequence = checked(PySequence_Fast(notes.get(), "a note, or None, for each value that is overwritten"));
+  TORCH_CHECK(PySequence_Fast_GET_SIZE(sequence.get()) == static_cast<Py_ssize_t>(values.size()));
+  for (size_t i = 0; i < values.size(); ++i) {
+    PyObject* note = PySequence_Fast_GET_ITEM(sequence.get(), static_cast<Py_ssize_t>(i));
+    if (note != Py_None) {
+      visit(values[i], note);
+    }
+  }
 }
 
 } // namespace safe_inplace::guard

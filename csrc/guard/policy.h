@@ -6,12 +6,11 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/operator_name.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <c10/util/FunctionRef.h>
 
 #include "guard/place.h"
 #include "guard/python_object.h"
 #include "guard/saved_value.h"
-#include "guard/tensor_parts.h"
 
 namespace safe_inplace::guard {
 
@@ -48,33 +47,10 @@ class Policy {
 Object operator_name(const c10::OperatorName& name);
 
 // The plain tensors that a tensor is made of: itself, or the parts of a subclass.
-template <class F>
-void each_plain(const at::Tensor& tensor, const Policy& policy, const F& visit, Which which = Which::all) {
-  if (plain(tensor)) {
-    visit(tensor);
-  } else if (policy) {
-    const auto parts = policy.parts(tensor, which);
-    const auto sequence = checked(PySequence_Fast(parts.get(), "the parts of a tensor subclass"));
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.get()); ++i) {
-      visit(THPVariable_Unpack(PySequence_Fast_GET_ITEM(sequence.get(), i)));
-    }
-  }
-}
+void each_plain(const at::Tensor& tensor, const Policy& policy, c10::function_ref<void(const at::Tensor&)> visit,
+                Which which = Which::all);
 
 // Calls visit(value, note) for each value that the policy answered with a note.
-template <class F>
-void each_note(const std::vector<Object>& values, const Object& notes, const F& visit) {
-  if (notes.get() == Py_None) {
-    return;
-  }
-  const auto sequence = checked(PySequence_Fast(notes.get(), "a note, or None, for each value that is overwritten"));
-  TORCH_CHECK(PySequence_Fast_GET_SIZE(sequence.get()) == static_cast<Py_ssize_t>(values.size()));
-  for (size_t i = 0; i < values.size(); ++i) {
-    PyObject* note = PySequence_Fast_GET_ITEM(sequence.get(), static_cast<Py_ssize_t>(i));
-    if (note != Py_None) {
-      visit(values[i], note);
-    }
-  }
-}
+void each_note(const std::vector<Object>& values, const Object& notes, c10::function_ref<void(const Object&, PyObject*)> visit);
 
 } // namespace safe_inplace::guard

@@ -5,8 +5,6 @@
 
 #include <memory>
 
-#include <torch/csrc/Exceptions.h>
-
 namespace safe_inplace::guard {
 
 struct Decref {
@@ -20,11 +18,7 @@ inline Object share(PyObject* object) {
 }
 
 // Keeps the Python exception inside the C++ one: on its way to the interpreter it may pass code without the GIL.
-[[noreturn]] inline void rethrow_python() {
-  python_error error;
-  error.persist();
-  throw error;
-}
+[[noreturn]] void rethrow_python();
 
 inline bool truth(PyObject* object) {
   const int answer = PyObject_IsTrue(object);
