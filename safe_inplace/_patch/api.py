@@ -36,7 +36,8 @@ def patch(model: nn.Module, only: Iterable[str] | None = None, strict: bool = Fa
     A block is known by the structure of its ``forward`` and of what that calls, so renamed copies are known and a changed source
     is not. Only instances in this model change: each gets a class that differs from its own in ``forward``. Copies, pickles,
     ``state_dict``, hooks, DDP, FSDP2 and checkpointing work as before. Where a submodule that the block computes itself has got a
-    hook, another forward or another module since, the plain forward runs; so it does under ``torch.compile``.
+    hook, another forward or another module since, the plain forward runs; so it does under ``torch.compile`` and in a checkpoint
+    that is not reentrant.
 
     Args:
         model: a model of transformers, timm or diffusers, or any module with such blocks in it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,16 @@ def find(model: nn.Module, only: Iterable[str] | None) -> Iterator[Found]:
             continue
         if found.rule is not None:
             children = {id(module._modules.get(name)) for name in found.rule.inlines}
-            if found.reason is None:
+            if found.reason is None or patch_of(type(module)) is not None:
                 inlined |= children
             else:
                 told |= children
         yield found
+
+
+def _forward_of(cls: type) -> Any:
+    # The class of a scripted module has none to be asked for.
+    return getattr(cls, "forward", None)
 
 
 def _wanted(found: Found, patterns: list[str] | None) -> bool:
@@ -56,7 +62,7 @@ def _examine(path: str, module: nn.Module) -> Found | None:
     patch = patch_of(cls)
     if patch is not None:
         return Found(path, module, patch.rule, "replaced already")
-    function = innermost(cls.forward)
+    function = innermost(_forward_of(cls))
     rule = rules_for(structure_of(function))
     if rule is None:
         reason = _nearly(module, function)
@@ -105,7 +111,7 @@ def _nearly(module: nn.Module, function: object) -> str | None:
     """Whether it is a class that a rule was written for, or one with a LayerScale or a DropPath of its own."""
     cls = type(module)
     known = [owner for owner in cls.__mro__ if _is_home(owner)]
-    below = [name for name, child in module.named_children() if structure_of(type(child).forward) in _TELLING]
+    below = [name for name, child in module.named_children() if structure_of(_forward_of(type(child))) in _TELLING]
     if not known and (not below or cls.__module__.startswith("torch.")):
         return None
     structure = structure_of(function)  # type: ignore[arg-type]

@@ -7,23 +7,31 @@ forward with its own parameters. Other instances of the class, and the class, do
 from __future__ import annotations
 
 import copyreg
+import inspect
 import types
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules import module as torch_module
+from torch.utils import checkpoint
 
-from .rules import Forward, Leaf, Rule, rules_for
+from .rules import LIBRARIES, Forward, Leaf, Rule, rules_for
 from .structure import innermost, structure_of
 
 _classes: weakref.WeakValueDictionary[tuple[type, Forward, Rule], type] = weakref.WeakValueDictionary()
 
-# Of a function and the leaves that it may be: the functions that it calls, as they were when it was found to be one of them.
-_verified: dict[tuple[Forward, tuple[Leaf, ...]], tuple[tuple[str, Any], ...]] = {}
+# Of a function and the leaves that it may be: which it is, and the functions that it calls, as they were when that was found.
+_verified: dict[tuple[Forward, tuple[Leaf, ...]], tuple[Leaf, tuple[tuple[str, Any], ...]]] = {}
+
+_LIBRARIES = {"torch", *LIBRARIES}
+
+# What leads from a call of a module to its forward: a tool that watches all calls puts itself in the place of one of them.
+_CALL, _CALL_IMPL = nn.Module._wrapped_call_impl, nn.Module._call_impl
 
 
 class Patch:
@@ -36,13 +44,18 @@ class Patch:
         self.helpers = tuple(zip(rule.helpers, rule.called_by(self.original), strict=True))
         # How often the rule's forward ran, and the plain one for which reason.
         self.runs: Counter[str] = Counter()
+        self.forward = _make_forward(self)
         self._calling: types.FunctionType | None = None
 
+    def replacement(self) -> Forward | None:
+        """What was put in the place of the class's forward since, with the decorators that it has."""
+        if self.base.forward is self.decorated:
+            return None
+        self.runs[f"the forward of {self.base.__name__} was replaced"] += 1
+        return self.base.forward
+
     def chosen(self, module: nn.Module) -> Forward:
-        """The forward that runs in this call."""
-        if self.base.forward is not self.decorated:
-            self.runs[f"the forward of {self.base.__name__} was replaced"] += 1
-            return self.base.forward
+        """The forward that runs in this call, inside of the decorators."""
         # A compiler fuses the plain formula with its neighbours, a tracer writes it down.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_fx_symbolic_tracing():
             return self.original
@@ -68,34 +81,56 @@ class Patch:
 
     def _obstacle(self, module: nn.Module) -> str | None:
         """Why the plain forward must run in this call; None where the rule's may."""
+        # It takes what is saved when it computes again for what was saved before, one by one; by then the module may have got
+        # its class back, or a hook.
+        if _checkpointed():
+            return "a checkpoint that computes again what is saved"
         if not all(self.original.__globals__.get(name) is helper for name, helper in self.helpers):
             return f"a function that {self.base.__name__} calls was replaced"
         return inlined_obstacle(module, self.rule)
 
 
+def _checkpointed() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == checkpoint.__name__
+
+
 def inlined_obstacle(module: nn.Module, rule: Rule) -> str | None:
     """Why the submodules that the rule computes itself are not what it takes them for; None where they are."""
+    found = inlined(module, rule, rule.inlines)
+    return found if isinstance(found, str) else None
+
+
+def inlined(module: nn.Module, rule: Rule, names: Iterable[str]) -> str | list[tuple[Any, Leaf]]:
+    """Those of the submodules that the rule computes itself which have these names, and what they are; or why one of them is not
+    what the rule takes it for."""
     # Who watches all modules sees all values as they are in the plain model, also where nothing is inlined.
     if torch_module._has_any_global_hook():
         return "a hook on all modules"
-    for name, leaves in rule.inlines.items():
-        child = module._modules.get(name)
-        if child is None:
+    found = []
+    for name in names:
+        child = getattr(module, name, None)
+        if not isinstance(child, nn.Module) or module._modules.get(name) is not child:
             return f"no submodule {name}"
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             return f"a hook on {name}"
         kind = type(child)
-        if "forward" in child.__dict__ or kind.__call__ is not nn.Module.__call__ or child._compiled_call_impl is not None:
+        called_as_ever = kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL and "_call_impl" not in child.__dict__
+        if "forward" in child.__dict__ or not called_as_ever or child._compiled_call_impl is not None:
             return f"{name} has a forward of its own"
-        function = kind.forward
-        helpers = _verified.get((function, leaves))
-        if helpers is None:
+        leaves = rule.inlines[name]
+        function: Any = getattr(kind, "forward", None)
+        known = _verified.get((function, leaves))
+        if known is None:
             reason = _verify(function, leaves)
             if reason is not None:
                 return f"{name} is a {kind.__name__}, which {reason}"
-        elif not all(function.__globals__.get(called) is helper for called, helper in helpers):
+            known = _verified[function, leaves]
+        leaf, helpers = known
+        if not all(function.__globals__.get(called) is helper for called, helper in helpers):
             return f"{name} calls a function that was replaced"
-    return None
+        found.append((child, leaf))
+    return found
 
 
 def _verify(function: Any, leaves: tuple[Leaf, ...]) -> str | None:
@@ -106,7 +141,7 @@ def _verify(function: Any, leaves: tuple[Leaf, ...]) -> str | None:
     for leaf in leaves:
         reason = leaf.obstacle(function)
         if reason is None:
-            _verified[function, leaves] = tuple(zip(leaf.helpers, leaf.called_by(function), strict=True))
+            _verified[function, leaves] = leaf, tuple(zip(leaf.helpers, leaf.called_by(function), strict=True))
             return None
     return reason
 
@@ -119,16 +154,25 @@ def redecorate(outer: Any, inner: Forward, replacement: Forward) -> Forward:
     if not isinstance(outer, types.FunctionType) or not any(_holds(cell, below) for cell in outer.__closure__ or ()):
         raise TypeError("a decorator of its forward keeps it where nothing else can be put")
     new_below, itself = redecorate(below, inner, replacement), types.CellType()
-    cells = tuple(
-        types.CellType(new_below) if _holds(cell, below) else itself if _holds(cell, outer) else cell
-        for cell in outer.__closure__ or ()
+    itself.cell_contents = again = _with_cells(
+        outer, lambda cell: types.CellType(new_below) if _holds(cell, below) else itself if _holds(cell, outer) else cell
     )
-    again = types.FunctionType(outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, cells)
-    itself.cell_contents = again
-    again.__kwdefaults__ = outer.__kwdefaults__
-    again.__dict__.update(outer.__dict__)
     again.__wrapped__ = new_below  # type: ignore[attr-defined]
-    again.__module__, again.__qualname__, again.__doc__ = outer.__module__, outer.__qualname__, outer.__doc__
+    return again
+
+
+def _with_cells(function: types.FunctionType, changed: Callable[[types.CellType], types.CellType]) -> types.FunctionType:
+    """The function, closed over something else."""
+    again = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(map(changed, function.__closure__ or ())),
+    )
+    again.__kwdefaults__ = function.__kwdefaults__
+    again.__dict__.update(function.__dict__)
+    again.__module__, again.__qualname__, again.__doc__ = function.__module__, function.__qualname__, function.__doc__
     return again
 
 
@@ -140,16 +184,25 @@ def _holds(cell: types.CellType, value: Any) -> bool:
 
 
 def _make_forward(_patch: Patch) -> Forward:
-    original = _patch.original
-
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _patch.chosen(self)(self, *args, **kwargs)
 
+    inside = redecorate(_patch.decorated, _patch.original, _in_place_of(_patch.original, call, _patch.original))
+
+    # Outside of the decorators: what comes in the place of all of them has its own.
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (_patch.replacement() or inside)(self, *args, **kwargs)
+
+    return _in_place_of(_patch.original, forward, inside)
+
+
+def _in_place_of(original: Forward, function: Any, around: Forward) -> Forward:
     # In the library's module, where TorchScript looks for the names in the source that it reads, which is the plain one's.
-    forward = types.FunctionType(call.__code__, original.__globals__, original.__name__, None, call.__closure__)
-    forward.__wrapped__ = original  # type: ignore[attr-defined]
-    forward.__module__, forward.__qualname__, forward.__doc__ = original.__module__, original.__qualname__, original.__doc__
-    return redecorate(_patch.decorated, original, forward)
+    made = types.FunctionType(function.__code__, original.__globals__, original.__name__, None, function.__closure__)
+    made.__dict__.update(around.__dict__)
+    made.__wrapped__ = around  # type: ignore[attr-defined]
+    made.__module__, made.__qualname__, made.__doc__ = around.__module__, around.__qualname__, around.__doc__
+    return made
 
 
 def patched_class(base: Any, rule: Rule) -> type:
@@ -158,6 +211,11 @@ def patched_class(base: Any, rule: Rule) -> type:
     known = _classes.get(key)
     if known is not None:
         return known
+    # That of transformers decorates each forward, and only the outermost of these acts. Another's may decorate one that is
+    # decorated already, or keep a list of the classes there are.
+    hears = base.__init_subclass__
+    if inspect.ismethod(hears) and hears.__module__.split(".")[0] not in _LIBRARIES:
+        raise TypeError(f"its class does something of its own with each subclass ({hears.__func__.__qualname__})")
     patch = Patch(rule, base)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
@@ -173,7 +231,7 @@ def patched_class(base: Any, rule: Rule) -> type:
         "__doc__": base.__doc__,
         "__reduce_ex__": __reduce_ex__,
         "_safe_inplace_patch": patch,
-        "forward": _make_forward(patch),
+        "forward": patch.forward,
     }
     result: Any = type(base)(base.__name__, (base,), namespace)
     _classes[key] = result
@@ -212,20 +270,46 @@ def _without(cls: Any, patch: Patch) -> Any:
         return patch.base
     # What was made on top of the patched class is made again on top of the plain one.
     bases = tuple(_without(base, patch) if patch_of(base) is patch else base for base in cls.__bases__)
-    own = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    itself = types.CellType()
+    own = {
+        name: _of_class(value, cls, itself)
+        for name, value in cls.__dict__.items()
+        if name not in ("__dict__", "__weakref__")
+    }
     if "forward" in own and innermost(own["forward"]) is patch.original:
-        # A decorator that the class puts around the forward of each subclass; it will again.
-        del own["forward"]
-    return type(cls)(cls.__name__, bases, own)
+        # A decorator around the forward that it found below.
+        own["forward"] = redecorate(own["forward"], patch.forward, patch.base.forward)
+    itself.cell_contents = made = type(cls)(cls.__name__, bases, own)
+    return made
+
+
+def _of_class(value: Any, cls: type, itself: types.CellType) -> Any:
+    """What a class defines, for the one that is made in its place: ``super()`` finds its class in a cell."""
+    if isinstance(value, staticmethod | classmethod):
+        return type(value)(_of_class(value.__func__, cls, itself))
+    if type(value) is property:
+        get, set_, delete = (_of_class(part, cls, itself) for part in (value.fget, value.fset, value.fdel))
+        return property(get, set_, delete, value.__doc__)
+    if isinstance(value, types.FunctionType) and any(_holds(cell, cls) for cell in value.__closure__ or ()):
+        return _with_cells(value, lambda cell: itself if _holds(cell, cls) else cell)
+    return value
 
 
 def function_of(module: nn.Module, name: str) -> Any:
     """A function of the library that the plain forward of this patched module calls by its global name."""
-    # Not by its patch, which another thread may take off meanwhile.
-    return innermost(type(module).forward).__globals__[name]
+    return _plain(module).__globals__[name]
 
 
 def calling(module: nn.Module, **others: Forward) -> Forward:
     """The plain forward of this patched module, which meets these functions, the same at each call, under the library's names."""
     patch = patch_of(type(module))
-    return innermost(type(module).forward) if patch is None else patch.calling(others)
+    return _plain(module) if patch is None else patch.calling(others)
+
+
+def _plain(module: nn.Module) -> Forward:
+    patch = patch_of(type(module))
+    if patch is not None:
+        return patch.original
+    # Another thread took the patch off meanwhile. What was made on top of the class may have a forward of its own.
+    forwards = [innermost(cls.__dict__["forward"]) for cls in type(module).__mro__ if "forward" in cls.__dict__]
+    return next(forward for forward in forwards if rules_for(structure_of(forward)) is not None)

@@ -11,6 +11,8 @@ from .structure import innermost, structure_of
 
 Forward = Callable[..., Any]
 
+LIBRARIES = ("transformers", "timm", "diffusers")
+
 
 @dataclass(frozen=True, eq=False)
 class Known:
@@ -42,6 +44,8 @@ class Leaf(Known):
     """A submodule that a rule computes itself, from the submodule's parameters and attributes."""
 
     name: str = ""
+    # What it does to a branch, as arguments of ``scaled_residual``.
+    takes: Callable[[Any], dict[str, Any]] = lambda module: {}
 
 
 # A LayerScale or a DropPath that a configuration leaves out.

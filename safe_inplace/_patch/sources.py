@@ -10,10 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from .rules import RULES
+from .rules import LIBRARIES, RULES
 from .structure import Function, structure_of_source
 
-LIBRARIES = ("transformers", "timm", "diffusers")
 _SHOWN = 6
 
 

@@ -31,6 +31,16 @@ def _keep_mask(dropped: Tensor, dtype: torch.dtype, keep: float, draws: Draws) -
     return torch.floor(torch.rand(shape, dtype=dtype, device=dropped.device) + keep)
 
 
+def _dtype_of_product(branch: Tensor, gamma: Tensor | float | None) -> torch.dtype:
+    if gamma is None:
+        return branch.dtype
+    if torch.compiler.is_compiling():
+        # result_type returns what no graph holds: a product of nothing has the dtype, too.
+        like = gamma.new_empty((0,) * min(gamma.ndim, 1)) if isinstance(gamma, Tensor) else gamma
+        return (branch.new_empty(0) * like).dtype
+    return torch.result_type(branch, gamma)
+
+
 def scaled_residual(
     x: Tensor,
     branch: Branch,
@@ -78,8 +88,7 @@ def scaled_residual(
             return ops.add(made.pop(), x) if branch_first else ops.add(x, made.pop())
         return ops.mul_add(made.pop(), gamma, x) if branch_first else ops.addcmul(x, made.pop(), gamma)
     keep = 1 - drop_path
-    dtype = made[0].dtype if gamma is None else torch.result_type(made[0], gamma)
-    factor = _keep_mask(made[0], dtype, keep, draws)
+    factor = _keep_mask(made[0], _dtype_of_product(made[0], gamma), keep, draws)
     if gamma is not None:
         factor = factor * gamma
     scale = 1.0
@@ -88,6 +97,8 @@ def scaled_residual(
         scale = 1 / keep if keep else 1.0 if draws == "bernoulli" else float("inf")
     if branch_first:
         return ops.mul_add(made.pop(), factor * scale, x)
+    if isinstance(scale, Tensor):
+        return ops.addcmul(x, made.pop(), factor * scale)
     return ops.addcmul(x, made.pop(), factor, value=scale)
 
 

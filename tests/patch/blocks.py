@@ -3,10 +3,9 @@
 import torch
 from torch import nn
 
-from safe_inplace._patch.leaves import LAYER_SCALE, OPTIONAL_DROP_PATH, drop_path
+from safe_inplace._patch.leaves import LAYER_SCALE, OPTIONAL_DROP_PATH, residual
 from safe_inplace._patch.rules import rule
 from safe_inplace._patch.structure import innermost, structure_of
-from safe_inplace.nn import functional as forms
 
 
 class LayerScale(nn.Module):
@@ -57,7 +56,7 @@ class Block(nn.Module):
     helpers={"activation": (structure_of(activation),)},
 )
 def block(self, x):
-    return forms.scaled_residual(x, lambda: activation(self.mlp(x)), self.scale.lambda1, **drop_path(self.drop_path))
+    return residual(self, x, lambda: activation(self.mlp(x)), "scale", "drop_path")
 
 
 def model(drop=0.0):

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, cat
 
 from ...nn import functional as forms
-from ..leaves import (
-    METAFORMER_SCALE,
-    OPTIONAL_TIMM_DROP_PATH,
-    OPTIONAL_TIMM_LAYER_SCALE,
-    parameter,
-    timm_drop_path,
-)
+from ..leaves import METAFORMER_SCALE, OPTIONAL_TIMM_DROP_PATH, OPTIONAL_TIMM_LAYER_SCALE, residual
 from ..rules import IDENTITY, rule
 
 _TWO_DROPS = {"drop_path1": OPTIONAL_TIMM_DROP_PATH, "drop_path2": OPTIONAL_TIMM_DROP_PATH}
 
 
-def _mlp_residual(self: Any, x: Tensor, gamma: Tensor | None, drop: Any) -> Tensor:
+def _mlp_residual(self: Any, x: Tensor, *names: str, gamma: Callable[[], Tensor | None] = lambda: None) -> Tensor:
     """With which most blocks end."""
-    return forms.scaled_residual(x, lambda: self.mlp(self.norm2(x)), gamma, **timm_drop_path(drop))
+    return residual(self, x, lambda: self.mlp(self.norm2(x)), *names, gamma=gamma)
 
 
 _VIT = "timm.models.vision_transformer.Block"
@@ -40,10 +35,8 @@ def vit_never_causal(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> T
 
 
 def _vit(self: Any, x: Tensor, **attention: Any) -> Tensor:
-    middle = forms.scaled_residual(
-        x, lambda: self.attn(self.norm1(x), **attention), parameter(self.ls1, "gamma"), **timm_drop_path(self.drop_path1)
-    )
-    return _mlp_residual(self, middle, parameter(self.ls2, "gamma"), self.drop_path2)
+    middle = residual(self, x, lambda: self.attn(self.norm1(x), **attention), "ls1", "drop_path1")
+    return _mlp_residual(self, middle, "ls2", "drop_path2")
 
 
 _EVA = "timm.models.eva.EvaBlock"
@@ -53,7 +46,7 @@ _EVA = "timm.models.eva.EvaBlock"
 def eva(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    return _eva(self, x, self.gamma_2, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+    return _eva(self, x, lambda: self.gamma_2, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
 
 
 # timm 1.0.26 to 1.0.28.
@@ -61,20 +54,20 @@ def eva(
 def eva_scaled_by_the_first(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    return _eva(self, x, _second_scale(self), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+    return _eva(self, x, lambda: _second_scale(self), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
 
 
 # timm before 1.0.26.
 @rule("2440f5b56b9f", name="timm-eva", homes=_EVA, ops="addcmul, addcmul", inlines=_TWO_DROPS)
 def eva_never_causal(self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-    return _eva(self, x, _second_scale(self), rope=rope, attn_mask=attn_mask)
+    return _eva(self, x, lambda: _second_scale(self), rope=rope, attn_mask=attn_mask)
 
 
-def _eva(self: Any, x: Tensor, gamma: Tensor | None, **attention: Any) -> Tensor:
-    middle = forms.scaled_residual(
-        x, lambda: self.attn(self.norm1(x), **attention), self.gamma_1, **timm_drop_path(self.drop_path1)
+def _eva(self: Any, x: Tensor, second: Callable[[], Tensor | None], **attention: Any) -> Tensor:
+    middle = residual(
+        self, x, lambda: self.attn(self.norm1(x), **attention), "drop_path1", gamma=lambda: self.gamma_1
     )
-    return _mlp_residual(self, middle, gamma, self.drop_path2)
+    return _mlp_residual(self, middle, "drop_path2", gamma=second)
 
 
 def _second_scale(self: Any) -> Tensor | None:
@@ -101,21 +94,20 @@ def eva_post_norm_never_causal(
 
 
 def _eva_post_norm(self: Any, x: Tensor, **attention: Any) -> Tensor:
-    middle = forms.scaled_residual(x, lambda: self.norm1(self.attn(x, **attention)), **timm_drop_path(self.drop_path1))
-    return forms.scaled_residual(
-        middle, lambda: self.norm2(self.mlp(middle)), **timm_drop_path(self.drop_path2)
-    )
+    middle = residual(self, x, lambda: self.norm1(self.attn(x, **attention)), "drop_path1")
+    return residual(self, middle, lambda: self.norm2(self.mlp(middle)), "drop_path2")
 
 
 @rule("481caded03fe", name="timm-beit", homes="timm.models.beit.Block", ops="addcmul, addcmul", inlines=_TWO_DROPS)
 def beit(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-    middle = forms.scaled_residual(
+    middle = residual(
+        self,
         x,
         lambda: self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias),
-        self.gamma_1,
-        **timm_drop_path(self.drop_path1),
+        "drop_path1",
+        gamma=lambda: self.gamma_1,
     )
-    return _mlp_residual(self, middle, _second_scale(self), self.drop_path2)
+    return _mlp_residual(self, middle, "drop_path2", gamma=lambda: _second_scale(self))
 
 
 @rule(
@@ -126,8 +118,8 @@ def beit(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Ten
     inlines={"drop_path": OPTIONAL_TIMM_DROP_PATH},
 )
 def cait(self: Any, x: Tensor) -> Tensor:
-    middle = forms.scaled_residual(x, lambda: self.attn(self.norm1(x)), self.gamma_1, **timm_drop_path(self.drop_path))
-    return _mlp_residual(self, middle, self.gamma_2, self.drop_path)
+    middle = residual(self, x, lambda: self.attn(self.norm1(x)), "drop_path", gamma=lambda: self.gamma_1)
+    return _mlp_residual(self, middle, "drop_path", gamma=lambda: self.gamma_2)
 
 
 @rule(
@@ -138,10 +130,10 @@ def cait(self: Any, x: Tensor) -> Tensor:
     inlines={"drop_path": OPTIONAL_TIMM_DROP_PATH},
 )
 def cait_class(self: Any, x: Tensor, x_cls: Tensor) -> Tensor:
-    middle = forms.scaled_residual(
-        x_cls, lambda: self.attn(self.norm1(cat((x_cls, x), dim=1))), self.gamma_1, **timm_drop_path(self.drop_path)
+    middle = residual(
+        self, x_cls, lambda: self.attn(self.norm1(cat((x_cls, x), dim=1))), "drop_path", gamma=lambda: self.gamma_1
     )
-    return _mlp_residual(self, middle, self.gamma_2, self.drop_path)
+    return _mlp_residual(self, middle, "drop_path", gamma=lambda: self.gamma_2)
 
 
 @rule(
@@ -152,12 +144,12 @@ def cait_class(self: Any, x: Tensor, x_cls: Tensor) -> Tensor:
     inlines={**_TWO_DROPS, "drop_path3": OPTIONAL_TIMM_DROP_PATH},
 )
 def xcit(self: Any, x: Tensor, H: int, W: int) -> Tensor:
-    first = forms.scaled_residual(x, lambda: self.attn(self.norm1(x)), self.gamma1, **timm_drop_path(self.drop_path1))
+    first = residual(self, x, lambda: self.attn(self.norm1(x)), "drop_path1", gamma=lambda: self.gamma1)
     # The third comes second, as in timm.
-    second = forms.scaled_residual(
-        first, lambda: self.local_mp(self.norm3(first), H, W), self.gamma3, **timm_drop_path(self.drop_path3)
+    second = residual(
+        self, first, lambda: self.local_mp(self.norm3(first), H, W), "drop_path3", gamma=lambda: self.gamma3
     )
-    return _mlp_residual(self, second, self.gamma2, self.drop_path2)
+    return _mlp_residual(self, second, "drop_path2", gamma=lambda: self.gamma2)
 
 
 @rule(
@@ -175,9 +167,9 @@ def xcit_class(self: Any, x: Tensor) -> Tensor:
     def classified() -> Tensor:
         return cat([self.gamma2 * self.mlp(normed[:, 0:1]), normed[:, 1:]], dim=1)
 
-    middle = forms.scaled_residual(x, attended, self.gamma1, **timm_drop_path(self.drop_path1))
+    middle = residual(self, x, attended, "drop_path1", gamma=lambda: self.gamma1)
     normed = self.norm2(middle) if self.tokens_norm else cat([self.norm2(middle[:, 0:1]), middle[:, 1:]], dim=1)
-    return forms.scaled_residual(normed, classified, **timm_drop_path(self.drop_path2))
+    return residual(self, normed, classified, "drop_path2")
 
 
 @rule(
@@ -194,10 +186,10 @@ def convnext(self: Any, x: Tensor) -> Tensor:
             return self.mlp(self.norm(hidden))
         return self.mlp(self.norm(hidden.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
-    gamma = None if self.gamma is None else self.gamma.reshape(1, -1, 1, 1)
-    return forms.scaled_residual(
-        self.shortcut(x), branch, gamma, branch_first=True, **timm_drop_path(self.drop_path)
-    )
+    def gamma() -> Tensor | None:
+        return None if self.gamma is None else self.gamma.reshape(1, -1, 1, 1)
+
+    return residual(self, self.shortcut(x), branch, "drop_path", gamma=gamma, branch_first=True)
 
 
 @rule("adede9ec29c6", name="timm-grn", homes="timm.layers.grn.GlobalResponseNorm", ops="mul_add")
@@ -217,14 +209,9 @@ def grn(self: Any, x: Tensor) -> Tensor:
 )
 def metaformer(self: Any, x: Tensor) -> Tensor:
     # What is dropped is the branch before it is scaled, so DropPath draws in the branch's dtype: it is called.
-    middle = forms.scaled_residual(
-        self.res_scale1(x), lambda: self.drop_path1(self.token_mixer(self.norm1(x))), _scale(self.layer_scale1)
+    middle = residual(
+        self, self.res_scale1(x), lambda: self.drop_path1(self.token_mixer(self.norm1(x))), "layer_scale1"
     )
-    return forms.scaled_residual(
-        self.res_scale2(middle), lambda: self.drop_path2(self.mlp(self.norm2(middle))), _scale(self.layer_scale2)
+    return residual(
+        self, self.res_scale2(middle), lambda: self.drop_path2(self.mlp(self.norm2(middle))), "layer_scale2"
     )
-
-
-def _scale(module: Any) -> Tensor | None:
-    scale = parameter(module, "scale")
-    return None if scale is None else scale.view(module.shape)

@@ -34,7 +34,8 @@ def _weights(module: Any, query: Tensor, key: Tensor, scaling: float | None, dro
     # In a list until an op pops them: then nobody else has them.
     scores = [torch.matmul(query, key.transpose(-1, -2))]
     given = [shift for shift in shifts if shift is not None]
-    if scale != 1:
+    # A scale that is learned has a gradient, whatever its value is now.
+    if isinstance(scale, Tensor) or scale != 1:
         scores.append(forms.ops.mul_add(scores.pop(), scale, given.pop(0)) if given else forms.ops.mul(scores.pop(), scale))
     for shift in given:
         scores.append(forms.ops.add(scores.pop(), shift))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...nn import functional as forms
-from ..leaves import GRN, OPTIONAL_DROP_PATH, drop_path
+from ..leaves import GRN, OPTIONAL_DROP_PATH, grn, residual
 from ..rules import rule
 
 _MODELS = "transformers.models"
@@ -25,9 +25,7 @@ def convnext(self: Any, features: Tensor) -> Tensor:
         hidden = self.pwconv1(self.layernorm(self.dwconv(features).permute(0, 2, 3, 1)))
         return self.pwconv2(self.act(hidden)).permute(0, 3, 1, 2)
 
-    return forms.scaled_residual(
-        features, branch, _channels_first(self.layer_scale_parameter), **drop_path(self.drop_path)
-    )
+    return residual(self, features, branch, "drop_path", gamma=lambda: _channels_first(self.layer_scale_parameter))
 
 
 @rule(
@@ -42,11 +40,14 @@ def dinov3_convnext(self: Any, features: Tensor) -> Tensor:
         hidden = self.pointwise_conv1(self.layer_norm(self.depthwise_conv(features).permute(0, 2, 3, 1)))
         return self.pointwise_conv2(self.activation_fn(hidden)).permute(0, 3, 1, 2)
 
-    return forms.scaled_residual(features, branch, _channels_first(self.gamma), **drop_path(self.drop_path))
+    return residual(self, features, branch, "drop_path", gamma=lambda: _channels_first(self.gamma))
 
 
-def _channels_first(gamma: Tensor | None) -> Tensor | None:
-    return None if gamma is None else gamma.view(-1, 1, 1)
+def _channels_first(gamma: Any) -> Any:
+    """For a branch whose channels come first what was for one with its channels last."""
+    if not isinstance(gamma, Tensor) or gamma.ndim == 0:
+        return gamma
+    return gamma[(None,) * (4 - gamma.ndim)].permute(0, 3, 1, 2)
 
 
 @rule(
@@ -58,12 +59,12 @@ def _channels_first(gamma: Tensor | None) -> Tensor | None:
 )
 def convnextv2(self: Any, features: Tensor) -> Tensor:
     def branch() -> Tensor:
-        return self.pwconv2(forms.grn(activated, self.grn.weight, self.grn.bias)).permute(0, 3, 1, 2)
+        return self.pwconv2(grn(self, activated)).permute(0, 3, 1, 2)
 
     def activated() -> Tensor:
         return self.act(self.pwconv1(self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))))
 
-    return forms.scaled_residual(features, branch, **drop_path(self.drop_path))
+    return residual(self, features, branch, "drop_path")
 
 
 @rule(

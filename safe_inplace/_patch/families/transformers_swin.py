@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...nn import functional as forms
-from ..leaves import OPTIONAL_DROP_PATH, drop_path
+from ..leaves import OPTIONAL_DROP_PATH, residual
 from ..replace import function_of
 from ..rules import rule
 
@@ -54,10 +54,8 @@ def swin(
         attended, weights = self.attention(windows, mask, **kwargs)
         return self.dropout(attended)
 
-    middle = forms.scaled_residual(
-        hidden_states,
-        lambda: _attended(self, hidden_states, input_dimensions, attention, self.cyclic_shift),
-        **drop_path(self.drop_path),
+    middle = residual(
+        self, hidden_states, lambda: _attended(self, hidden_states, input_dimensions, attention, self.cyclic_shift), "drop_path"
     )
     result = forms.scaled_residual(
         middle, lambda: self.dropout(self.mlp(self.layernorm_after(middle))), branch_first=True
@@ -83,10 +81,8 @@ def _older(
         by = self.shift_size if reverse else -self.shift_size
         return torch.roll(hidden, shifts=(by, by), dims=(1, 2))
 
-    middle = forms.scaled_residual(
-        hidden_states,
-        lambda: _attended(self, hidden_states, input_dimensions, attention, shift),
-        **drop_path(self.drop_path),
+    middle = residual(
+        self, hidden_states, lambda: _attended(self, hidden_states, input_dimensions, attention, shift), "drop_path"
     )
     result = forms.scaled_residual(middle, lambda: self.output(self.intermediate(self.layernorm_after(middle))))
     return (result, weights[0]) if output_attentions else (result,)

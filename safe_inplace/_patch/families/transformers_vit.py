@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...nn import functional as forms
-from ...nn.functional import Branch
-from ..leaves import LAYER_SCALE, OPTIONAL_DROP_PATH, drop_path
+from ..leaves import LAYER_SCALE, OPTIONAL_DROP_PATH, residual
 from ..rules import Leaf, rule
 
 _MODELS = "transformers.models"
@@ -28,21 +26,12 @@ _DINO_INLINES: dict[str, Leaf | tuple[Leaf, ...]] = {
 _OPS = "mul_add, mul_add"
 
 
-def _residuals(self: Any, hidden_states: Tensor, attended: Branch, fed: Callable[[Tensor], Tensor], *scales: Any) -> Tensor:
-    first, second = scales
-    drop = drop_path(self.drop_path)
-    middle = forms.scaled_residual(hidden_states, attended, first, branch_first=True, **drop)
-    return forms.scaled_residual(middle, lambda: fed(middle), second, branch_first=True, **drop)
-
-
 def _dino(self: Any, hidden_states: Tensor, attended: Callable[[Tensor], Tensor]) -> Tensor:
-    return _residuals(
-        self,
-        hidden_states,
-        lambda: attended(self.norm1(hidden_states)),
-        lambda middle: self.mlp(self.norm2(middle)),
-        self.layer_scale1.lambda1,
-        self.layer_scale2.lambda1,
+    middle = residual(
+        self, hidden_states, lambda: attended(self.norm1(hidden_states)), "layer_scale1", "drop_path", branch_first=True
+    )
+    return residual(
+        self, middle, lambda: self.mlp(self.norm2(middle)), "layer_scale2", "drop_path", branch_first=True
     )
 
 
@@ -85,6 +74,13 @@ def dinov3_without_keywords(
     return dinov2(self, hidden_states, attention_mask, position_embeddings=position_embeddings)
 
 
+def _scaled_residuals(
+    self: Any, hidden_states: Tensor, attended: Callable[[], Tensor], fed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    middle = residual(self, hidden_states, attended, "drop_path", gamma=lambda: self.lambda_1, branch_first=True)
+    return residual(self, middle, lambda: fed(middle), "drop_path", gamma=lambda: self.lambda_2, branch_first=True)
+
+
 @rule("5bb396067159", name="beit", homes=_BEIT, ops=_OPS, inlines=_BEIT_INLINES)
 def beit(
     self: Any,
@@ -108,7 +104,7 @@ def beit(
     def fed(middle: Tensor) -> Tensor:
         return self.dropout(self.mlp(self.layernorm_after(middle)))
 
-    return _residuals(self, hidden_states, attended, fed, self.lambda_1, self.lambda_2)
+    return _scaled_residuals(self, hidden_states, attended, fed)
 
 
 def _data2vec(self: Any, hidden_states: Tensor, *head_mask: Any, **attention: Any) -> tuple[Tensor, ...]:
@@ -120,7 +116,7 @@ def _data2vec(self: Any, hidden_states: Tensor, *head_mask: Any, **attention: An
     def fed(middle: Tensor) -> Tensor:
         return self.output(self.intermediate(self.layernorm_after(middle)))
 
-    return (_residuals(self, hidden_states, made.pop, fed, self.lambda_1, self.lambda_2), *rest)
+    return (_scaled_residuals(self, hidden_states, made.pop, fed), *rest)
 
 
 # Data2Vec, and BEiT of transformers 5.0 to 5.6.
