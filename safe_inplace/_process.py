@@ -32,6 +32,30 @@ _INDUCTOR = os.path.join("torch", "_inductor", "")
 _CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_child")
 
 
+def say(text: Callable[[bool], str]) -> None:
+    """To stderr, in colour or not. Where the program has put something there that does not take it, to what was there before."""
+    for stream in (sys.stderr, sys.__stderr__):
+        if stream is None:
+            continue
+        try:
+            print(text(wants_color(stream)), file=stream, flush=True)
+            return
+        except RuntimeError:  # a signal came while it was being written to
+            os.write(2, f"{text(False)}\n".encode())
+            return
+        except Exception:  # whatever the program's own object raises: the verdict is not lost with it
+            continue
+
+
+def can_flush(stream: Any) -> bool:
+    try:
+        stream.flush()
+    except (AttributeError, ValueError, OSError, RuntimeError):
+        # None, closed, full or gone, or being written to where a signal came.
+        return False
+    return True
+
+
 def wants_color(stream: Any) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
@@ -136,6 +160,7 @@ class FirstGuard(ProcessGuard):
         super().__init__(on_hazard, verify, tempfile.mkdtemp(prefix=f"safe_inplace-{os.getpid()}-"))
         self._pid = os.getpid()
         self._told = False
+        self.others: list[Record] = []
 
     def start(self) -> None:
         os.environ[MODE] = f"{self.guard.on_hazard},verify" if self.guard.verify else self.guard.on_hazard
@@ -159,11 +184,9 @@ class FirstGuard(ProcessGuard):
         if not self._told:
             self._told = True
             self.others = _gather(self.records)
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(AttributeError, ValueError):  # none, or closed
-                    stream.flush()
-            print(tell(self.record, self.others, wants_color(sys.stderr)), file=sys.stderr, flush=True)
             self.told(status)
+            can_flush(sys.stdout)
+            say(lambda color: tell(self.record, self.others, color))
         return status
 
     def told(self, status: int) -> None:
@@ -172,6 +195,8 @@ class FirstGuard(ProcessGuard):
 
 def _gather(folder: str) -> list[Record]:
     records: list[Record] = []
+    if not os.path.isdir(folder):  # the program has cleared all temporary files
+        return records
     for name in sorted(os.listdir(folder)):
         if name.endswith(".record"):
             with open(os.path.join(folder, name), "rb") as file:
@@ -274,6 +299,7 @@ def _from_inductor() -> bool:
 def _brings_guard(options: list[str], environment: Mapping[Any, Any] | None) -> bool:
     if environment is None:
         environment = os.environ
+    environment = {os.fsdecode(name): os.fsdecode(value) for name, value in environment.items()}
     if not environment.get(MODE) or _CHILD not in environment.get("PYTHONPATH", "").split(os.pathsep):
         return False
     for option in options:

@@ -34,10 +34,10 @@ def script(argv: list[str]) -> Callable[[], None]:
         return _of_a_spec(spec)
     try:
         with io.open_code(path) as file:
-            code = pkgutil.read_code(file)
-            if code is None:
-                file.seek(0)
-                code = compile(file.read(), path, "exec", dont_inherit=True)
+            text = file.read()  # once: a pipe cannot go back
+        code = pkgutil.read_code(io.BytesIO(text))
+        if code is None:
+            code = compile(text, path, "exec", dont_inherit=True)
     except OSError as error:
         raise NoProgram(f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2) from None
     _begin(argv, os.path.dirname(os.path.realpath(path)))
@@ -87,6 +87,9 @@ def _as_main(code: types.CodeType, **names: Any) -> Callable[[], None]:
     main.__dict__.update({"__builtins__": builtins, "__annotations__": {}, **names})
 
     def run() -> None:
+        # By the second name multiprocessing, which torch has imported, pickles what its children know by it.
+        if sys.modules.get("__mp_main__") is sys.modules["__main__"]:
+            sys.modules["__mp_main__"] = main
         sys.modules["__main__"] = main
         exec(code, main.__dict__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TextIO
 
 import torch
@@ -68,8 +69,17 @@ def _of_this_rank(path: str) -> str:
     return path if rank is None else f"{stem}.rank{rank}{extension}"
 
 
+def _of_the_program(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_frame.f_code.co_filename in _OURS:
+        trace = trace.tb_next
+    return trace
+
+
 def _print_exception(error: BaseException) -> None:
     """As the interpreter prints it for the program alone; the text of a hazard is left to the summary."""
+    if sys.excepthook is not sys.__excepthook__:
+        sys.excepthook(type(error), error, _of_the_program(error.__traceback__))
+        return
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -102,23 +112,22 @@ class _Run(_process.FirstGuard):
             program()
             status = 0
         except SystemExit as exit:
-            if isinstance(exit.code, str):
+            if not (exit.code is None or isinstance(exit.code, int)):
                 print(exit.code, file=sys.stderr)
-            status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-        except KeyboardInterrupt:
-            status = 130
-        except Exception as error:
+            status = exit.code & 0xFF if isinstance(exit.code, int) else int(exit.code is not None)
+        except BaseException as error:
             _print_exception(error)
             self._stopped = isinstance(error, HazardError)
-            status = 1
-        finally:
-            self.leave()
-        # As the interpreter does before it ends: it tells pools of threads to end, then waits for all that are no daemons.
-        threading._shutdown()  # type: ignore[attr-defined]
-        if "multiprocessing" in sys.modules:
-            for child in sys.modules["multiprocessing"].active_children():
-                if not child.daemon:
-                    child.join()
+            status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        # As the interpreter does before it ends: it tells pools of threads to end, waits for all that are no daemons, and calls
+        # the functions of atexit, of which one waits for processes. Guard's own has no part in it.
+        atexit.unregister(self._at_exit)
+        try:
+            threading._shutdown()  # type: ignore[attr-defined]
+        except KeyboardInterrupt as error:
+            _print_exception(error)
+        atexit._run_exitfuncs()
+        self.leave()
         return self.end(status)
 
     def end(self, status: int) -> int:
@@ -128,9 +137,11 @@ class _Run(_process.FirstGuard):
         if self._exit_zero:
             return 0 if self._stopped else status
         if not all(record.repaired for record in (self.record, *self.others)):
+            if not _process.can_flush(sys.stdout):
+                sys.stdout = None  # type: ignore[assignment]  # the interpreter cannot either: its status would be 120
             return HAZARDS
         if status & 0xFF == HAZARDS:
-            print(f"safe_inplace guard: the program itself exits with {HAZARDS}; 1 stands for it", file=sys.stderr)
+            _process.say(lambda _: f"safe_inplace guard: the program itself exits with {HAZARDS}; 1 stands for it")
             return 1
         return status
 
@@ -154,9 +165,11 @@ class _Run(_process.FirstGuard):
             self._file.write("\n")
 
     def _end_by(self, number: int, frame: FrameType | None) -> None:
-        self.end(-number)
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        try:
+            self.end(-number)
+        finally:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def _in_child(self) -> None:
         super()._in_child()

@@ -248,7 +248,9 @@ def _watched_steps(watch: guard, function: Callable[..., AsyncGenerator[Any, Any
                     return
                 try:
                     step = steps.asend((yield item))
-                except Exception as error:
+                except GeneratorExit:
+                    raise
+                except BaseException as error:  # a task that is cancelled
                     step = steps.athrow(error)
         finally:
             await watched(steps.aclose())

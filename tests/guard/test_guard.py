@@ -1,5 +1,6 @@
 """What guard promises besides naming the lines: it is never less safe than torch, keeps nothing, and stays out of the way."""
 
+import asyncio
 import contextlib
 import copy
 import gc
@@ -728,7 +729,8 @@ def test_an_async_generator_is_watched_where_its_own_code_runs():
     assert closed == ["refused", "closed"]
 
 
-def test_an_async_generator_passes_on_what_is_thrown_and_is_closed():
+@pytest.mark.parametrize("kind", [ValueError, asyncio.CancelledError])
+def test_an_async_generator_passes_on_what_is_thrown_and_is_closed(kind):
     seen = []
 
     @guard()
@@ -737,7 +739,7 @@ def test_an_async_generator_passes_on_what_is_thrown_and_is_closed():
             while True:
                 try:
                     yield guard_current() is not None
-                except ValueError as error:
+                except kind as error:
                     seen.append(error)
         finally:
             seen.append(guard_current() is not None)
@@ -745,7 +747,7 @@ def test_an_async_generator_passes_on_what_is_thrown_and_is_closed():
     async def run():
         running = steps()
         assert await running.asend(None)
-        error = ValueError()
+        error = kind()
         assert await running.athrow(error)
         await running.aclose()
         assert seen == [error, True]

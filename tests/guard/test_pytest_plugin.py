@@ -312,3 +312,51 @@ def test_the_entry_point(pytester, monkeypatch):
         done = pytester.runpytest_subprocess(*options, "--safe-inplace-guard")
         done.assert_outcomes(passed=1)
         assert "no hazards in 1 test" in done.stdout.str()
+
+
+def test_no_failing_test_turns_green(suite, pytester):
+    """By what another plugin makes of the second run, or in a group of errors."""
+    pytester.makeconftest(
+        """
+        import pytest
+
+        def pytest_runtest_makereport(item, call):
+            if "incremental" in item.keywords and call.excinfo is not None:
+                item.parent._previousfailed = item
+
+        def pytest_runtest_setup(item):
+            if "incremental" in item.keywords and getattr(item.parent, "_previousfailed", None) is not None:
+                pytest.xfail("a test before failed")
+        """
+    )
+    done = suite(
+        """
+        import asyncio
+
+        @pytest.mark.incremental
+        class TestSteps:
+            def test_fails(self):
+                assert 1 == 2
+
+        def test_group():
+            async def one():
+                silent()
+            async def main():
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(one())
+            asyncio.run(main())
+
+        @pytest.mark.xfail(strict=True)
+        def test_expected():
+            x = torch.ones(2, requires_grad=True)
+            assert x.sin().grad_fn._saved_self is not x
+
+        @pytest.mark.skip
+        def test_skipped():
+            pass
+        """.replace("\n        ", "\n"),
+        "-W",
+        "ignore::pytest.PytestUnknownMarkWarning",
+    )
+    done.assert_outcomes(failed=2, xfailed=1, skipped=1)
+    assert done.section.startswith("1 hazard between 1 pair of lines")

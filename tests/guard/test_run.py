@@ -374,3 +374,114 @@ def test_the_program_keeps_its_own_answer_to_sigterm(program):
     )
     done = run(program, "answers.py")
     assert done.returncode == 7 and done.stderr == "safe_inplace guard: no hazards\n"
+
+
+# Of each: what it prints, and its status.
+RIGHT = {
+    "objects of __main__ in a spawned pool": (
+        """
+        import multiprocessing
+        class Thing:
+            def __init__(self, value): self.value = value
+        def work(thing): return Thing(thing.value + 1)
+        if __name__ == "__main__":
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                print(pool.map(work, [Thing(1)])[0].value, Thing.__module__)
+        """,
+        "2 __main__\n",
+        0,
+    ),
+    "a worker that an atexit function stops": (
+        """
+        import atexit, multiprocessing
+        context = multiprocessing.get_context("fork")
+        stop = context.Event()
+        context.Process(target=stop.wait).start()
+        atexit.register(stop.set)
+        atexit.register(print, "asks it to stop")
+        print("through")
+        """,
+        "through\nasks it to stop\n",
+        0,
+    ),
+    "its own hook of exceptions": (
+        """
+        import sys
+        def hook(kind, value, trace): print(kind.__name__, value, trace.tb_frame.f_code.co_name)
+        sys.excepthook = hook
+        raise ValueError("boom")
+        """,
+        "ValueError boom <module>\n",
+        1,
+    ),
+    "children with paths and bytes in their environment": (
+        """
+        import os, pathlib, subprocess, sys
+        for environment in ({**os.environ, "PYTHONPATH": pathlib.Path("src")}, os.environb):
+            subprocess.run([sys.executable, "-c", "print('child')"], env=environment, check=True)
+        """,
+        "child\nchild\n",
+        0,
+    ),
+    "a negative status": ("import sys; print('ends'); sys.exit(-1)", "ends\n", 255),
+}
+
+
+@pytest.mark.parametrize(("text", "printed", "status"), RIGHT.values(), ids=RIGHT)
+def test_a_right_program_does_what_it_does_alone(tmp_path, text, printed, status):
+    (tmp_path / "program.py").write_text(textwrap.dedent(text))
+    done = run(tmp_path, "--json", "found.json", "program.py", PYTHONUNBUFFERED="1")
+    assert (done.stdout, done.returncode) == (printed, status), done.stderr
+    assert json.loads((tmp_path / "found.json").read_text())["status"] == status
+
+
+def test_what_a_program_exits_with_is_printed(tmp_path):
+    (tmp_path / "program.py").write_text("import sys\nsys.exit(ValueError('bad configuration'))\n")
+    done = run(tmp_path, "program.py")
+    assert done.returncode == 1 and done.stderr.startswith("bad configuration\n")
+
+
+def test_a_script_that_comes_through_a_pipe(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "safe_inplace", "run", "/dev/stdin"],
+        input="print('hello')",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("hello\n", 0), done.stderr
+
+
+# What a program may do to what the verdict needs.
+SPOILS = {
+    "another stderr, no temporary folder, cancelled": """
+        import asyncio, os, shutil, sys, tempfile
+        class Tee:
+            def write(self, text): sys.__stderr__.write(text)
+            def flush(self): pass
+        sys.stderr = Tee()
+        shutil.rmtree(os.environ["SAFE_INPLACE_GUARD_RECORDS"])
+        async def main():
+            asyncio.current_task().cancel()
+            await asyncio.sleep(1)
+        asyncio.run(main())
+    """,
+    "no stderr, a full stdout": """
+        import sys
+        sys.stderr, sys.stdout = None, open("/dev/full", "w")
+        print("cannot be written")
+    """,
+    "a hazard at the end of all": "",
+}
+
+
+@pytest.mark.parametrize("text", SPOILS.values(), ids=SPOILS)
+def test_the_verdict_is_not_lost(tmp_path, text):
+    forward = FORWARDS[: FORWARDS.index("x = torch")] + "x = torch.ones(3, requires_grad=True)\n"
+    at_the_end = "step(x)\n" if text else "import atexit\natexit.register(step, x)\n"
+    (tmp_path / "program.py").write_text(forward + at_the_end + textwrap.dedent(text))
+    done = run(tmp_path, "--on-hazard", "warn", "--json", "found.json", "program.py")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["hazards_seen"] == 1 and done.returncode == HAZARDS, done.stderr
+    assert "1 hazard between 1 pair of lines" in done.stderr
