@@ -6,6 +6,7 @@ A module beside the package, since importing the package imports torch: a sessio
 from __future__ import annotations
 
 import argparse
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +65,8 @@ class _Guards:
         self._guard = guard
         self._error = HazardError
         self._said: list[str] = []
+        # What was told of each guard that anything still holds, such as a graph that a fixture of a module keeps.
+        self._told: weakref.WeakKeyDictionary[Any, dict[str, dict[str, Any]]] = weakref.WeakKeyDictionary()
         # A warning would be an error, or one too many, in tests that look at these.
         say.listener = self._said.append
 
@@ -89,6 +92,7 @@ class _Guards:
             return
         watch: Any = self._guard(mode)  # type: ignore[arg-type]
         watch._findings.quiet = True
+        self._told[watch] = {}
         item.stash[_watch] = watch
 
     @pytest.hookimpl(wrapper=True)
@@ -117,11 +121,23 @@ class _Guards:
                 "watched": watch is not None,
                 "how": "",
                 "said": self._said[:],
-                "hazards": [_plain(hazard) for hazard in watch.hazards] if watch is not None else [],
+                "hazards": self._news(),
             }
             self._said.clear()
+            item.stash.setdefault(_watch, None)
             del item.stash[_watch]
         return report
+
+    def _news(self) -> list[dict[str, Any]]:
+        """What was found since the last test, by its own guard, and by those of tests before of which it used the graphs."""
+        news = []
+        for watch, told in list(self._told.items()):
+            for hazard in map(_plain, watch.hazards):
+                before = told.get(hazard["pair"], {"count": 0, "bytes_copied": 0})
+                told[hazard["pair"]] = hazard
+                if hazard["count"] > before["count"]:
+                    news.append({**hazard, **{key: hazard[key] - before[key] for key in ("count", "bytes_copied")}})
+        return news
 
     def _is_of_guard(self, error: BaseException | None) -> bool:
         seen: set[int] = set()
@@ -145,15 +161,39 @@ class _Guards:
         test that fails by another error than guard's runs again without. One that guard stopped at a write runs again with
         the stop in backward, where torch's own is: it passes if it waits for that."""
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self._reports(item, nextitem):
+        reports = self._reports(item)
+        self._leave(item, nextitem, reports)
+        for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def _reports(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[Any]:
+    def _leave(self, item: pytest.Item, nextitem: pytest.Item | None, reports: list[Any]) -> None:
+        """Once, after the last run: what the next test does not need is torn down."""
+        self._begin(item, self._mode)
+
+        def tear_down() -> None:
+            with self._watched(item):
+                item.session._setupstate.teardown_exact(nextitem)
+
+        call = pytest.CallInfo.from_call(tear_down, when="teardown", reraise=(pytest.exit.Exception, KeyboardInterrupt))
+        last = reports[-1]
+        if call.excinfo is None:
+            last._safe_inplace["hazards"] += self._news()
+            del item.stash[_watch]
+            return
+        report: Any = item.ihook.pytest_runtest_makereport(item=item, call=call)
+        last._safe_inplace["hazards"] += report._safe_inplace["hazards"]
+        del report._safe_inplace
+        if last.passed:
+            report._safe_inplace = reports.pop()._safe_inplace
+        reports.append(report)
+
+    def _reports(self, item: pytest.Item) -> list[Any]:
         def run(mode: str | None) -> list[Any]:
             self._begin(item, mode)
-            return runtestprotocol(item, log=False, nextitem=nextitem)
+            # What is torn down after one run is not there for another.
+            return runtestprotocol(item, log=False, nextitem=item.parent)  # type: ignore[arg-type]
 
         def fails(reports: list[Any]) -> bool:
             return any(report.failed for report in reports)

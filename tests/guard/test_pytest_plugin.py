@@ -360,3 +360,53 @@ def test_no_failing_test_turns_green(suite, pytester):
     )
     done.assert_outcomes(failed=2, xfailed=1, skipped=1)
     assert done.section.startswith("1 hazard between 1 pair of lines")
+
+
+def test_what_the_fixtures_of_a_class_or_module_keep_is_there_for_a_second_run_and_for_later_tests(suite):
+    done = suite(
+        """
+        import unittest
+
+        class TestClass(unittest.TestCase):
+            torn_down = []
+
+            @classmethod
+            def setUpClass(cls):
+                cls.x = torch.ones(3, requires_grad=True)
+                cls.h = cls.x * 1
+                cls.y = cls.h * cls.h
+
+            @classmethod
+            def tearDownClass(cls):
+                cls.torn_down.append(1)
+
+            def test_first(self):
+                pass
+
+            def test_overwrites(self):
+                self.h.data.mul_(3)
+
+            def test_reads(self):
+                assert self.torn_down == []
+                self.y.sum().backward()
+                self.assertEqual(self.x.grad.tolist(), [2, 2, 2])
+
+        def test_torn_down_once():
+            assert TestClass.torn_down == [1]
+
+        @pytest.fixture(scope="module")
+        def fails_at_its_end():
+            yield torch.ones(3, requires_grad=True)
+            raise ValueError("at the end")
+
+        def test_last(fails_at_its_end):
+            assert fails_at_its_end.sin().grad_fn._saved_self is fails_at_its_end
+        """.replace("\n        ", "\n"),
+        mode="warn",
+    )
+    done.assert_outcomes(failed=1, passed=4, errors=1)
+    done.stdout.fnmatch_lines(["E  *ValueError: at the end", "FAILED *test_reads*", "ERROR *test_last*"])
+    # Of the fixture that the first test made; told by the test that wrote.
+    assert done.section.startswith("1 hazard between 1 pair of lines, in 3 tests\n")
+    assert "::TestClass::test_overwrites: a value" in done.section
+    assert "ran again without it and passed:\n" in done.section and "::test_last" in done.section
