@@ -124,7 +124,6 @@ class _Guards:
                 "hazards": self._news(),
             }
             self._said.clear()
-            item.stash.setdefault(_watch, None)
             del item.stash[_watch]
         return report
 

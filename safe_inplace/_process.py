@@ -47,7 +47,7 @@ def say(text: Callable[[bool], str]) -> None:
             continue
 
 
-def can_flush(stream: Any) -> bool:
+def flushed(stream: Any) -> bool:
     try:
         stream.flush()
     except (AttributeError, ValueError, OSError, RuntimeError):
@@ -185,7 +185,7 @@ class FirstGuard(ProcessGuard):
             self._told = True
             self.others = _gather(self.records)
             self.told(status)
-            can_flush(sys.stdout)
+            flushed(sys.stdout)
             say(lambda color: tell(self.record, self.others, color))
         return status
 

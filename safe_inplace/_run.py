@@ -137,7 +137,7 @@ class _Run(_process.FirstGuard):
         if self._exit_zero:
             return 0 if self._stopped else status
         if not all(record.repaired for record in (self.record, *self.others)):
-            if not _process.can_flush(sys.stdout):
+            if not _process.flushed(sys.stdout):
                 sys.stdout = None  # type: ignore[assignment]  # the interpreter cannot either: its status would be 120
             return HAZARDS
         if status & 0xFF == HAZARDS:

@@ -120,12 +120,9 @@ def inlined(module: nn.Module, rule: Rule, names: Iterable[str]) -> str | list[t
             return f"{name} has a forward of its own"
         leaves = rule.inlines[name]
         function: Any = getattr(kind, "forward", None)
-        known = _verified.get((function, leaves))
-        if known is None:
-            reason = _verify(function, leaves)
-            if reason is not None:
-                return f"{name} is a {kind.__name__}, which {reason}"
-            known = _verified[function, leaves]
+        known = _verified.get((function, leaves)) or _verify(function, leaves)
+        if isinstance(known, str):
+            return f"{name} is a {kind.__name__}, which {known}"
         leaf, helpers = known
         if not all(function.__globals__.get(called) is helper for called, helper in helpers):
             return f"{name} calls a function that was replaced"
@@ -133,16 +130,17 @@ def inlined(module: nn.Module, rule: Rule, names: Iterable[str]) -> str | list[t
     return found
 
 
-def _verify(function: Any, leaves: tuple[Leaf, ...]) -> str | None:
-    reason: str | None = "is not known"
-    inner = innermost(function)
-    if inner is not function:
+def _verify(function: Any, leaves: tuple[Leaf, ...]) -> str | tuple[Leaf, tuple[tuple[str, Any], ...]]:
+    """What `_verified` has of the function from now on; or why it is none of the leaves, in words that follow its name."""
+    if innermost(function) is not function:
         return "has a forward that is decorated"
+    reason = ""
     for leaf in leaves:
-        reason = leaf.obstacle(function)
-        if reason is None:
-            _verified[function, leaves] = leaf, tuple(zip(leaf.helpers, leaf.called_by(function), strict=True))
-            return None
+        obstacle = leaf.obstacle(function)
+        if obstacle is None:
+            _verified[function, leaves] = known = leaf, tuple(zip(leaf.helpers, leaf.called_by(function), strict=True))
+            return known
+        reason = obstacle
     return reason
 
 
