@@ -347,8 +347,9 @@ def test_exit_zero_is_for_hazards_alone(program, text, status):
 
 
 def test_a_report_at_the_end_by_sigterm(program):
+    # Python answers a signal between two steps: one that comes right before a long sleep waits for its end.
     (program / "waits.py").write_text(
-        FORWARDS + "\nimport time\nprint('ready', flush=True)\ntime.sleep(100)\n"
+        FORWARDS + "\nimport time\nprint('ready', flush=True)\nwhile True: time.sleep(0.05)\n"
     )
     started = subprocess.Popen(
         [sys.executable, "-m", "safe_inplace", "run", "--on-hazard", "copy", "--json", "found.json", "waits.py"],
@@ -366,6 +367,25 @@ def test_a_report_at_the_end_by_sigterm(program):
     assert "2 hazards between 1 pair of lines" in told
     found = json.loads((program / "found.json").read_text())
     assert found["hazards_seen"] == 2 and found["status"] == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_sigterm_while_a_stream_is_written(program, stream):
+    """Its lock is held, and no more can be written to it."""
+    (program / "writes.py").write_text(
+        FORWARDS + "import io, os, signal\n"
+        "class Pipe(io.RawIOBase):\n"
+        "    def writable(self): return True\n"
+        "    def write(self, data):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        return len(data)\n"
+        f"sys.{stream} = io.TextIOWrapper(io.BufferedWriter(Pipe()))\n"
+        f"print('text', file=sys.{stream}, flush=True)\n"
+    )
+    done = run(program, "--on-hazard", "copy", "--json", "found.json", "writes.py")
+    assert done.returncode == -signal.SIGTERM
+    assert "2 hazards between 1 pair of lines" in done.stderr
+    assert json.loads((program / "found.json").read_text())["hazards_seen"] == 2
 
 
 def test_the_program_keeps_its_own_answer_to_sigterm(program):
