@@ -211,15 +211,13 @@ std::optional<int> choose_operand(const Call& call, const Prepared& prepared, co
   if (prepared.by != Prepared::By::Kernel || torch::jit::tracer::isTracing()) {
     return std::nullopt;
   }
-  const ResultLayout& result = *prepared.result;
   Event outcome = Event::ResultNoTemporary;
   std::optional<int> found;
   const auto consider = [&](const at::Tensor& tensor, int position) {
     if (found || temporaries == nullptr || !temporaries->contain(tensor)) {
       return;
     }
-    if (tensor.scalar_type() != result.dtype || tensor.sizes() != at::IntArrayRef(result.sizes) ||
-        tensor.strides() != at::IntArrayRef(result.strides)) {
+    if (!has_layout(tensor, *prepared.result)) {
       outcome = Event::ResultOfAnotherLayout;
     } else if (!may_take_over(tensor)) {
       outcome = Event::ResultMemoryHeld;

@@ -164,7 +164,7 @@ at::Tensor run_out_of_place(Prepared& prepared, const Call& call, std::optional<
     const at::AutoDispatchBelowADInplaceOrView guard;
     return result_by_fallback(call);
   }
-  at::Tensor result = taken ? take_over(*taken == 0 ? *call.input : *call.operands[*taken - 1].tensor)
+  at::Tensor result = taken ? take_over(*taken == 0 ? *call.input : *call.operands[*taken - 1].tensor, *prepared.result)
                             : make_fresh(*prepared.result, call.input->device());
   ForwardPlan& plan = prepared.plan;
   if (plan.shape.numel != 0) {

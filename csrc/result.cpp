@@ -5,9 +5,13 @@
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/native/TypeProperties.h>
+#include <c10/core/Contiguity.h>
 #include <c10/core/DefaultDtype.h>
+#include <c10/core/MemoryFormat.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "dispatch.h"
@@ -73,13 +77,23 @@ namespace {
 
 // Its sizes and strides, as TensorIterator lays a result out.
 struct Placed : OfSteps<Placed> {
+  Typed type;
   at::DimVector sizes;
-  at::DimVector strides; // empty: a number
+  at::DimVector strides;
+  bool is_dense = true;
+  bool on_cpu = true;
 
-  Placed() = default;
-  Placed(const at::Tensor& tensor) : sizes(tensor.sizes()), strides(tensor.strides()) {}
-  Placed(const at::Scalar&) {}
-  Placed(const Operand& operand) : Placed(operand.tensor != nullptr ? Placed(*operand.tensor) : Placed()) {}
+  Placed(const at::Tensor& tensor)
+      : type(tensor),
+        sizes(tensor.sizes()),
+        strides(tensor.strides()),
+        is_dense(tensor.is_non_overlapping_and_dense()),
+        on_cpu(tensor.is_cpu()) {}
+  Placed(const at::Scalar& number) : type(number) {}
+  Placed(const Operand& operand) : Placed(operand.tensor != nullptr ? Placed(*operand.tensor) : Placed(operand.number)) {}
+
+  bool is_contiguous() const { return c10::_compute_contiguous<int64_t>(sizes, strides, c10::multiply_integers(sizes)); }
+  bool is_channels_last() const { return c10::_compute_channels_last_contiguous_2d<int64_t>(sizes, strides); }
 };
 
 // Of an operand beside dimensions that it may lack; 0 where it is broadcast.
@@ -108,19 +122,25 @@ int lies_outside(const Placed& first, const Placed& second, const at::DimVector&
   return 0;
 }
 
-Placed of_two(const Placed& a, const Placed& b) {
-  Placed result;
-  result.sizes = a.sizes == b.sizes ? a.sizes : at::infer_size_dimvector(a.sizes, b.sizes);
-  const int64_t ndim = result.sizes.size();
-  // Innermost first; an insertion sort, since not every pair can be told apart.
-  at::DimVector order;
-  for (int64_t dim = ndim - 1; dim >= 0; --dim) {
-    order.push_back(dim);
+at::DimVector contiguous_strides(const at::DimVector& sizes) {
+  at::DimVector strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0; stride *= std::max<int64_t>(sizes[dim], 1)) {
+    strides[dim] = stride;
   }
-  for (int64_t i = 1; i < ndim; ++i) {
-    int64_t moving = i;
-    for (int64_t before = i - 1; before >= 0; --before) {
-      const int outside = lies_outside(a, b, result.sizes, order[before], order[moving]);
+  return strides;
+}
+
+at::DimVector strides_by_order(const Placed& a, const Placed& b, const at::DimVector& sizes) {
+  const size_t ndim = sizes.size();
+  at::DimVector as_they_stand(ndim); // innermost first
+  std::iota(as_they_stand.rbegin(), as_they_stand.rend(), 0);
+  // An insertion sort, since not every pair can be told apart.
+  at::DimVector order = as_they_stand;
+  for (size_t i = 1; i < ndim; ++i) {
+    size_t moving = i;
+    for (size_t before = i; before-- > 0;) {
+      const int outside = lies_outside(a, b, sizes, order[before], order[moving]);
       if (outside > 0) {
         std::swap(order[before], order[moving]);
         moving = before;
@@ -129,21 +149,78 @@ Placed of_two(const Placed& a, const Placed& b) {
       }
     }
   }
-  result.strides.resize(ndim);
+  if (order == as_they_stand) {
+    return contiguous_strides(sizes);
+  }
+  at::DimVector strides(ndim);
   int64_t stride = 1;
   for (const int64_t dim : order) {
-    result.strides[dim] = stride;
-    stride *= std::max<int64_t>(result.sizes[dim], 1);
+    strides[dim] = stride;
+    stride *= sizes[dim];
   }
+  return strides;
+}
+
+// Operands of one shape may not need the order; where sizes of 1 leave strides open, that makes others.
+at::DimVector strides_of_two(const Placed& a, const Placed& b, const at::DimVector& sizes) {
+  if (a.sizes == b.sizes) {
+    if (a.is_contiguous() && b.is_contiguous()) {
+      return contiguous_strides(sizes);
+    }
+    if (a.is_channels_last() && b.is_channels_last()) {
+      return at::DimVector(c10::get_channels_last_strides_2d(sizes));
+    }
+    if (a.is_dense && b.is_dense && a.strides == b.strides) {
+      return a.strides;
+    }
+  }
+  return strides_by_order(a, b, sizes);
+}
+
+// TensorIterator promotes by a copy on the CPU, and a copy is dense.
+void promote(Placed& operand, const Placed& result) {
+  if (result.on_cpu && operand.type.dtype != result.type.dtype && !operand.is_dense) {
+    operand.strides = at::infer_dense_strides(operand.sizes, operand.strides);
+  }
+}
+
+Placed of_two(Placed a, Placed b) {
+  Placed result = a;
+  result.type = of_two(a.type, b.type);
+  result.is_dense = true;
+  result.on_cpu = a.on_cpu && b.on_cpu;
+  result.sizes = a.sizes == b.sizes ? a.sizes : at::infer_size_dimvector(a.sizes, b.sizes);
+  promote(a, result);
+  promote(b, result);
+  result.strides = strides_of_two(a, b, result.sizes);
   return result;
 }
 
-bool operands_fit_into(const Call& call, at::IntArrayRef sizes) {
-  bool fit = true;
+// Those that `empty` gives, and something in it.
+bool has_default_strides(const at::Tensor& tensor) {
+  const at::IntArrayRef sizes = tensor.sizes();
+  const at::IntArrayRef strides = tensor.strides();
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    if (strides[dim] != stride || sizes[dim] == 0) {
+      return false;
+    }
+    stride *= sizes[dim];
+  }
+  return true;
+}
+
+// Whether the input alone decides, as mostly. Every formula's last step has it, or what is laid out as it is, as its first operand:
+// it decides if it is dense, not broadcast, and no size of 1 leaves strides open, of which the other operands then have no say.
+bool is_laid_out_as_input(const Call& call) {
+  const at::IntArrayRef sizes = call.input->sizes();
+  bool fit = call.input->is_non_overlapping_and_dense();
+  bool plain = fit && has_default_strides(*call.input);
   each_tensor(call, [&](const at::Tensor& operand, int) {
     fit = fit && (operand.sizes() == sizes || at::is_expandable_to(operand.sizes(), sizes));
+    plain = plain && has_default_strides(operand);
   });
-  return fit;
+  return fit && (plain || std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 1; }));
 }
 
 } // namespace
@@ -152,9 +229,7 @@ ResultLayout result_layout(const Call& call) {
   const at::Tensor& input = *call.input;
   ResultLayout layout;
   layout.dtype = result_dtype(call);
-  // Every formula's last step has the input, or what is laid out as it is, as its first operand: a dense one that is not broadcast
-  // decides alone.
-  if (input.is_non_overlapping_and_dense() && operands_fit_into(call, input.sizes())) {
+  if (is_laid_out_as_input(call)) {
     layout.sizes = input.sizes();
     layout.strides = input.strides();
     return layout;
@@ -175,11 +250,23 @@ at::Tensor make_fresh(const ResultLayout& layout, c10::Device device) {
   return at::empty_strided(layout.sizes, layout.strides, at::TensorOptions().dtype(layout.dtype).device(device));
 }
 
-at::Tensor take_over(const at::Tensor& temporary) {
+bool has_layout(const at::Tensor& tensor, const ResultLayout& layout) {
+  if (tensor.scalar_type() != layout.dtype || tensor.sizes() != at::IntArrayRef(layout.sizes)) {
+    return false;
+  }
+  for (size_t dim = 0; dim < layout.sizes.size(); ++dim) {
+    if (layout.sizes[dim] > 1 && tensor.strides()[dim] != layout.strides[dim]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+at::Tensor take_over(const at::Tensor& temporary, const ResultLayout& layout) {
   at::Tensor result = at::detail::make_tensor<c10::TensorImpl>(
       c10::Storage(temporary.storage()),
       c10::DispatchKeySet(c10::computeDispatchKey(temporary.scalar_type(), {}, temporary.device())), temporary.dtype());
-  result.unsafeGetTensorImpl()->set_sizes_and_strides(temporary.sizes(), temporary.strides());
+  result.unsafeGetTensorImpl()->set_sizes_and_strides(layout.sizes, layout.strides);
   return result;
 }
 

@@ -23,7 +23,10 @@ ResultLayout result_layout(const Call& call);
 // Memory that nobody has seen.
 at::Tensor make_fresh(const ResultLayout& layout, c10::Device device);
 
+// Whether its memory holds such a result. Strides of sizes of 1 lead nowhere.
+bool has_layout(const at::Tensor& tensor, const ResultLayout& layout);
+
 // The same memory as a tensor of its own: what the temporary's had been becomes the result's.
-at::Tensor take_over(const at::Tensor& temporary);
+at::Tensor take_over(const at::Tensor& temporary, const ResultLayout& layout);
 
 } // namespace safe_inplace

@@ -120,6 +120,7 @@ LAYOUTS = {
     "transposed": lambda t: (t.t() * 2),
     "channels_last": lambda t: t.reshape(2, 2, 2, 3).to(memory_format=torch.channels_last) * 2,
     "size_one": lambda t: t.reshape(4, 1, 6) * 2,
+    "size_one_of_any_stride": lambda t: (t * 2).resize_(4, 6, 1).as_strided_((4, 6, 1), (6, 1, 17)),
     "one_element": lambda t: t.flatten()[:1] * 2,
     "no_dims": lambda t: t[0, 0] * 2,
 }
