@@ -2,6 +2,7 @@
 what depends on the torch found."""
 
 import ast
+import hashlib
 import os
 import re
 import shlex
@@ -173,6 +174,27 @@ def shared_runtimes(compiler: list[str]) -> list[str]:
     return found
 
 
+def precompiled(header: Path, compile: list[str], folder: Path) -> list[str]:
+    """The arguments that include it in every file: already compiled, where the compiler can do that."""
+    key = hashlib.sha256(shlex.join([*compile, header.read_text()]).encode()).hexdigest()[:16]
+    copy = folder.absolute() / f"headers-{key}" / header.name
+    compiled = copy.with_name(f"{header.name}.gch")
+    # Made once: objects that are older than it would be compiled again.
+    if not compiled.is_file():
+        for old in folder.glob("headers-*"):
+            shutil.rmtree(old)
+        copy.parent.mkdir(parents=True)
+        shutil.copy(header, copy)
+        compiled.with_name(f"{compiled.name}.sum").write_text(key)
+        partial = copy.with_name("partial")
+        if subprocess.run([*compile, "-x", "c++-header", str(header), "-o", str(partial)], check=False).returncode == 0:
+            partial.rename(compiled)
+    # ccache, which torch starts where it is installed, keeps what was compiled with such a header only if it is told to.
+    os.environ.setdefault("CCACHE_SLOPPINESS", "pch_defines,time_macros")
+    os.environ.setdefault("CCACHE_PCH_EXTSUM", "true")
+    return ["-include", str(copy)]
+
+
 def require_libstdcxx(compiler: list[str]) -> None:
     macros = subprocess.run(
         [*compiler, "-std=c++20", "-dM", "-E", "-x", "c++", "-include", "version", os.devnull],
@@ -305,10 +327,21 @@ def build_arguments() -> dict:
     cuda_left_out = left_out(facts)
 
     class build_checked(build_extension):
+        def command_of(self, ext: Extension) -> list[str]:
+            folders = [*ext.include_dirs, *self.compiler.include_dirs]
+            macros = [f"-D{name}" for name, _ in ext.define_macros]
+            arguments = [*self.compiler.compiler_so[1:], *(f"-I{folder}" for folder in folders), *macros]
+            return [*self.compiler.compiler_cxx, *arguments, *ext.extra_compile_args["cxx"]]
+
         def build_extension(self, ext: Extension) -> None:
             require_libstdcxx(self.compiler.compiler_cxx)
             ext.extra_link_args += shared_runtimes(self.compiler.compiler_cxx)
+            flags = ext.extra_compile_args
+            if ext is shipped:
+                include = precompiled(ROOT / "csrc" / "torch_headers.h", self.command_of(ext), Path(self.build_temp))
+                ext.extra_compile_args = {**flags, "cxx": [*flags["cxx"], *include]}
             super().build_extension(ext)
+            ext.extra_compile_args = flags  # the next command adds to them
             require_shared_libstdcxx(Path(self.get_ext_fullpath(ext.name)))
 
     class build_ext(build_checked):

@@ -308,7 +308,8 @@ def setup_of_small_sources(
     """Runs setup.py in a tree whose C++ files are these."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name, text in {"safe_inplace/__init__.py": "__version__ = '0'", **sources}.items():
+    always = {"safe_inplace/__init__.py": "__version__ = '0'", "csrc/torch_headers.h": "#include <stdexcept>"}
+    for name, text in {**always, **sources}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return subprocess.run(
@@ -388,6 +389,35 @@ runpy.run_path("setup.py", run_name="__main__")
         )
         assert result.returncode == 0, result.stderr
         assert result.stderr.count("safe_inplace is built without CUDA: ") == said
+
+
+class TestHeadersCompiledOnce:
+    HEADER = 'inline const char* name() { return "first"; }\n'
+
+    def build(self, folder: Path, header: str, **environment: str) -> Path:
+        """The object of a file that uses what it does not include."""
+        module = SMALL_MODULE.replace('"NAME"', "name()").replace("NAME", "_C")
+        sources = {"csrc/torch_headers.h": header, "csrc/small.cpp": module}
+        result = setup_of_small_sources(folder, "build_ext", "--inplace", sources=sources, **environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        (object_file,) = folder.glob("build/temp*/csrc/small.o")
+        return object_file
+
+    def test_they_are_compiled_again_where_something_has_changed(self, tmp_path):
+        assert b"first" in self.build(tmp_path, self.HEADER).read_bytes()
+        (compiled,) = tmp_path.glob("build/temp*/headers-*/torch_headers.h.gch")
+        made = compiled.stat().st_mtime_ns
+        self.build(tmp_path, self.HEADER)
+        assert compiled.stat().st_mtime_ns == made
+        assert b"other" in self.build(tmp_path, self.HEADER.replace("first", "other")).read_bytes()
+        assert len(list(tmp_path.glob("build/temp*/headers-*"))) == 1
+
+    def test_without_them_the_build_is_the_same(self, tmp_path):
+        compiler = tmp_path / "compiler"
+        compiler.write_text("#!/bin/bash\n[[ \" $* \" == *' c++-header '* ]] && exit 1\nexec c++ \"$@\"\n")
+        compiler.chmod(0o755)
+        assert b"first" in self.build(tmp_path, self.HEADER, CXX=str(compiler)).read_bytes()
+        assert not list(tmp_path.glob("build/temp*/headers-*/torch_headers.h.gch"))
 
 
 class TestExtensionsOfTheTests:
