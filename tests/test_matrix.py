@@ -386,6 +386,7 @@ def test_fails():
         files = {
             "safe_inplace/__init__.py": f"import {imports}\n__version__ = '0'\n",
             "safe_inplace/__main__.py": "print('CUDA not in this build')\n",
+            "csrc/torch_headers.h": "",
             "csrc/small.cpp": SMALL_MODULE.replace("NAME", "_C"),
             "pytest_safe_inplace.py": "",
             "check.py": "import safe_inplace\n",
