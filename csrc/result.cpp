@@ -9,6 +9,7 @@
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/MemoryFormat.h>
 #include <c10/util/accumulate.h>
+#include <c10/util/strides.h>
 
 #include <algorithm>
 #include <numeric>
@@ -122,15 +123,6 @@ int lies_outside(const Placed& first, const Placed& second, const at::DimVector&
   return 0;
 }
 
-at::DimVector contiguous_strides(const at::DimVector& sizes) {
-  at::DimVector strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t dim = sizes.size(); dim-- > 0; stride *= std::max<int64_t>(sizes[dim], 1)) {
-    strides[dim] = stride;
-  }
-  return strides;
-}
-
 at::DimVector strides_by_order(const Placed& a, const Placed& b, const at::DimVector& sizes) {
   const size_t ndim = sizes.size();
   at::DimVector as_they_stand(ndim); // innermost first
@@ -150,7 +142,7 @@ at::DimVector strides_by_order(const Placed& a, const Placed& b, const at::DimVe
     }
   }
   if (order == as_they_stand) {
-    return contiguous_strides(sizes);
+    return c10::contiguous_strides(sizes);
   }
   at::DimVector strides(ndim);
   int64_t stride = 1;
@@ -165,7 +157,7 @@ at::DimVector strides_by_order(const Placed& a, const Placed& b, const at::DimVe
 at::DimVector strides_of_two(const Placed& a, const Placed& b, const at::DimVector& sizes) {
   if (a.sizes == b.sizes) {
     if (a.is_contiguous() && b.is_contiguous()) {
-      return contiguous_strides(sizes);
+      return c10::contiguous_strides(sizes);
     }
     if (a.is_channels_last() && b.is_channels_last()) {
       return at::DimVector(c10::get_channels_last_strides_2d(sizes));
@@ -196,31 +188,20 @@ Placed of_two(Placed a, Placed b) {
   return result;
 }
 
-// Those that `empty` gives, and something in it.
-bool has_default_strides(const at::Tensor& tensor) {
-  const at::IntArrayRef sizes = tensor.sizes();
-  const at::IntArrayRef strides = tensor.strides();
-  int64_t stride = 1;
-  for (size_t dim = sizes.size(); dim-- > 0;) {
-    if (strides[dim] != stride || sizes[dim] == 0) {
-      return false;
-    }
-    stride *= sizes[dim];
-  }
-  return true;
-}
-
 // Whether the input alone decides, as mostly. Every formula's last step has it, or what is laid out as it is, as its first operand:
-// it decides if it is dense, not broadcast, and no size of 1 leaves strides open, of which the other operands then have no say.
+// it decides if it is dense and not broadcast. Where a size of 1 leaves strides open the other operands have a say, unless all lie as
+// `empty` makes them.
 bool is_laid_out_as_input(const Call& call) {
   const at::IntArrayRef sizes = call.input->sizes();
-  bool fit = call.input->is_non_overlapping_and_dense();
-  bool plain = fit && has_default_strides(*call.input);
+  const bool open = std::any_of(sizes.begin(), sizes.end(), [](int64_t size) { return size < 2; });
+  const auto decided = [&](const at::Tensor& tensor) {
+    return !open || (tensor.numel() != 0 && tensor.strides() == at::IntArrayRef(c10::contiguous_strides(tensor.sizes())));
+  };
+  bool decides = call.input->is_non_overlapping_and_dense() && decided(*call.input);
   each_tensor(call, [&](const at::Tensor& operand, int) {
-    fit = fit && (operand.sizes() == sizes || at::is_expandable_to(operand.sizes(), sizes));
-    plain = plain && has_default_strides(operand);
+    decides = decides && (operand.sizes() == sizes || at::is_expandable_to(operand.sizes(), sizes)) && decided(operand);
   });
-  return fit && (plain || std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 1; }));
+  return decides;
 }
 
 } // namespace
