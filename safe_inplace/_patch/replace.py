@@ -242,7 +242,11 @@ def _new(base: Any) -> Any:
     rule = rules_for(structure_of(function))
     if rule is None or rule.obstacle(function) or rule.argument_obstacle(function):
         return base.__new__(base)
-    return base.__new__(patched_class(base, rule))
+    try:
+        cls = patched_class(base, rule)
+    except TypeError:  # as patch() leaves such a class alone
+        cls = base
+    return base.__new__(cls)
 
 
 def patch_of(cls: type) -> Patch | None:

@@ -196,6 +196,14 @@ class TestCopies:
         loaded = pickle.loads(data)
         assert type(loaded[0]) is Block
 
+    def test_a_pickle_of_a_class_that_allows_no_patch_where_it_is_read_is_plain(self, model, monkeypatch):
+        patch(model)
+        data = pickle.dumps(model)
+        monkeypatch.setattr("safe_inplace._patch.replace._classes", {})  # of another process
+        monkeypatch.setattr(Block, "__init_subclass__", classmethod(lambda cls: None))
+        loaded = pickle.loads(data)
+        assert type(loaded[0]) is Block
+
     def test_state_dict(self, model):
         before = model.state_dict()
         patch(model)
