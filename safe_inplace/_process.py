@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ._guard import Hazard, guard
+from ._guard import say as notices
 from ._guard.api import open_here
 from ._guard.hazards import summary
 from ._guard.modes import MODES
@@ -113,6 +114,9 @@ class ProcessGuard:
         global _current
         _install()
         _current = self
+        # Not by warnings: the program may look at these, or have them as errors.
+        self.guard._findings.teller = lambda hazard: say(lambda color: f"{self.record.who()}: {hazard.text(color)}\n")
+        notices.listener = lambda words: say(lambda _: words)
         self.record.threads = threading.active_count() - 1
         self.guard.__enter__()
         atexit.register(self._at_exit)
@@ -126,6 +130,7 @@ class ProcessGuard:
         global _current
         self.leave()
         atexit.unregister(self._at_exit)
+        notices.listener = None
         _current = None
 
     def end(self, status: int) -> int:

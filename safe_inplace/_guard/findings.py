@@ -48,7 +48,7 @@ class Findings:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.hazards: dict[tuple[Any, ...], Hazard] = {}
-        self.quiet = False  # no warnings: what was found is asked for
+        self.teller: Callable[[Hazard], None] = _warn  # of what it goes on from
         self.listener: Callable[[], None] | None = None  # told of each new hazard
         self._described: dict[tuple[Any, ...], Hazard] = {}
 
@@ -101,11 +101,15 @@ class Findings:
 
     def warn(self, hazard: Hazard) -> None:
         with self.lock:
-            if hazard.told or self.quiet:
+            if hazard.told:
                 return
             hazard.told = True
-        site = hazard.mutation or hazard.save
-        if site is None:
-            warnings.warn(HazardWarning(hazard), stacklevel=2)
-        else:
-            warnings.warn_explicit(HazardWarning(hazard), None, site.filename, site.lineno)
+        self.teller(hazard)
+
+
+def _warn(hazard: Hazard) -> None:
+    site = hazard.mutation or hazard.save
+    if site is None:
+        warnings.warn(HazardWarning(hazard), stacklevel=3)
+    else:
+        warnings.warn_explicit(HazardWarning(hazard), None, site.filename, site.lineno)

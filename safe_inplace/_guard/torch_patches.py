@@ -85,17 +85,17 @@ class TorchPatches:
         autograd = torch._C._autograd
         ours = (_C.guard_pack, _C.guard_unpack)
         aside = 0
-        while autograd._top_saved_tensors_default_hooks(True) == ours:
-            autograd._pop_saved_tensors_default_hooks()
-            aside += 1
-        if aside:
-            say_once(
-                "torch.func",
-                "safe_inplace.guard: torch.func transforms allow no saved-tensor hooks, so what they save is not "
-                "judged; torch's own check holds for it.",
-            )
         assert self._torch_disable is not None
         try:
+            while autograd._top_saved_tensors_default_hooks(True) == ours:
+                autograd._pop_saved_tensors_default_hooks()
+                aside += 1
+            if aside:
+                say_once(
+                    "torch.func",
+                    "safe_inplace.guard: torch.func transforms allow no saved-tensor hooks, so what they save is not "
+                    "judged; torch's own check holds for it.",
+                )
             with self._torch_disable(error_message):
                 yield
         finally:
