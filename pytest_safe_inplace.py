@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from _pytest.doctest import MultipleDoctestFailures
 from _pytest.runner import runtestprotocol
 
 MODES = ("defer", "raise", "warn", "copy")
@@ -53,17 +54,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _watch = pytest.StashKey[Any]()  # the guard of a test, or None
+# What is told of each phase; another plugin may put a report of its own in the place of ours.
+_told = pytest.StashKey[dict[str, dict[str, Any]]]()
 
 
 class _Guards:
     def __init__(self, mode: str) -> None:
-        from safe_inplace import HazardError, guard
+        from safe_inplace import guard
         from safe_inplace._guard import say
+        from safe_inplace._guard.hazards import comes_of_a_hazard
 
         self._say = say
         self._mode = mode
         self._guard = guard
-        self._error = HazardError
+        self._comes_of_a_hazard = comes_of_a_hazard
         self._said: list[str] = []
         # What was told of each guard that anything still holds, such as a graph that a fixture of a module keeps.
         self._told: weakref.WeakKeyDictionary[Any, dict[str, dict[str, Any]]] = weakref.WeakKeyDictionary()
@@ -113,18 +117,18 @@ class _Guards:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
         report = yield
-        report._safe_inplace_error = call.excinfo is not None and self._is_of_guard(call.excinfo.value)
+        # Plain values: they travel to the process that prints.
+        told: dict[str, Any] = {"error": any(map(self._comes_of_a_hazard, _errors(call)))}
         if call.when == "teardown":
-            watch = item.stash.get(_watch, None)
-            # Plain values: they travel to the process that prints.
-            report._safe_inplace = {
-                "watched": watch is not None,
+            told |= {
+                "watched": item.stash.get(_watch, None) is not None,
                 "how": "",
                 "said": self._said[:],
                 "hazards": self._news(),
             }
             self._said.clear()
             del item.stash[_watch]
+        report._safe_inplace = item.stash.setdefault(_told, {})[call.when] = told
         return report
 
     def _news(self) -> list[dict[str, Any]]:
@@ -138,21 +142,6 @@ class _Guards:
                     news.append({**hazard, **{key: hazard[key] - before[key] for key in ("count", "bytes_copied")}})
         return news
 
-    def _is_of_guard(self, error: BaseException | None) -> bool:
-        seen: set[int] = set()
-        waiting = [error]
-        while waiting:
-            error = waiting.pop()
-            if error is None or id(error) in seen:
-                continue
-            if isinstance(error, self._error):
-                return True
-            seen.add(id(error))
-            if isinstance(error, BaseExceptionGroup):
-                waiting += error.exceptions
-            waiting.append(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
-        return False
-
     # -- a test that fails under guard and is right
 
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
@@ -165,6 +154,7 @@ class _Guards:
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        del item.stash[_told]
         return True
 
     def _leave(self, item: pytest.Item, nextitem: pytest.Item | None, reports: list[Any]) -> None:
@@ -182,17 +172,28 @@ class _Guards:
             del item.stash[_watch]
             return
         report: Any = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        last._safe_inplace["hazards"] += report._safe_inplace["hazards"]
-        del report._safe_inplace
+        last._safe_inplace["hazards"] += item.stash[_told]["teardown"]["hazards"]
+        report._safe_inplace = {}
         if last.passed:
             report._safe_inplace = reports.pop()._safe_inplace
         reports.append(report)
 
     def _reports(self, item: pytest.Item) -> list[Any]:
+        # A doctest clears its names at its end.
+        names = getattr(getattr(item, "dtest", None), "globs", {})
+        before = names.copy(), item.user_properties[:]
+
         def run(mode: str | None) -> list[Any]:
             self._begin(item, mode)
+            names.clear()
+            names.update(before[0])
+            item.user_properties[:] = before[1]
+            item._report_sections.clear()
             # What is torn down after one run is not there for another.
-            return runtestprotocol(item, log=False, nextitem=item.parent)  # type: ignore[arg-type]
+            reports: list[Any] = runtestprotocol(item, log=False, nextitem=item.parent)  # type: ignore[arg-type]
+            for report in reports:
+                report._safe_inplace = item.stash[_told][report.when]
+            return reports
 
         def fails(reports: list[Any]) -> bool:
             return any(report.failed for report in reports)
@@ -204,7 +205,7 @@ class _Guards:
             return not fails(reports) and any(report.passed or (report.skipped and expected) for report in calls)
 
         def stopped_by_guard(reports: list[Any]) -> bool:
-            return any(report.failed and report._safe_inplace_error for report in reports)
+            return any(report.failed and report._safe_inplace["error"] for report in reports)
 
         reports = run(self._mode)
         if item.get_closest_marker(MARKER) is not None:
@@ -225,6 +226,17 @@ class _Guards:
         elif self._mode in ("defer", "raise") and not fails(reports):
             reports[-1]._safe_inplace["how"] = "caught"
         return reports
+
+
+def _errors(call: pytest.CallInfo[None]) -> list[BaseException]:
+    """What was raised. A doctest keeps apart what its examples raised."""
+    import doctest
+
+    if call.excinfo is None:
+        return []
+    error = call.excinfo.value
+    failures = error.failures if isinstance(error, MultipleDoctestFailures) else [error]
+    return [failure.exc_info[1] if isinstance(failure, doctest.UnexpectedException) else failure for failure in failures]
 
 
 def _plain(hazard: Any) -> dict[str, Any]:
@@ -252,8 +264,8 @@ class _Summary:
         return f"{_TITLE}: {self._mode}"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        told = getattr(report, "_safe_inplace", None)
-        if told is None:
+        told = getattr(report, "_safe_inplace", {})
+        if "watched" not in told:
             return
         self._watched += told["watched"]
         self._said.update(dict.fromkeys(told["said"]))

@@ -18,6 +18,7 @@ import torch
 
 from . import _process, _program
 from ._guard import HazardError
+from ._guard.hazards import comes_of_a_hazard
 from ._guard.modes import MODES
 
 # Of the layout of the file that --json writes (docs/run.md); raised when a key goes or changes its meaning.
@@ -117,7 +118,7 @@ class _Run(_process.FirstGuard):
             status = exit.code & 0xFF if isinstance(exit.code, int) else int(exit.code is not None)
         except BaseException as error:
             _print_exception(error)
-            self._stopped = isinstance(error, HazardError)
+            self._stopped = comes_of_a_hazard(error)
             status = 130 if isinstance(error, KeyboardInterrupt) else 1
         # As the interpreter does before it ends: it tells pools of threads to end, waits for all that are no daemons, and calls
         # the functions of atexit, of which one waits for processes. Guard's own has no part in it.

@@ -147,3 +147,20 @@ class HazardError(_Report, RuntimeError):
 
 class HazardWarning(_Report, UserWarning):
     """The same as :class:`HazardError`, under ``guard("warn")``."""
+
+
+def comes_of_a_hazard(error: BaseException | None) -> bool:
+    """Whether the error is guard's, or has one of guard's among its causes, or in its group."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        error = waiting.pop()
+        if error is None or id(error) in seen:
+            continue
+        if isinstance(error, HazardError):
+            return True
+        seen.add(id(error))
+        if isinstance(error, BaseExceptionGroup):
+            waiting += error.exceptions
+        waiting.append(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
+    return False

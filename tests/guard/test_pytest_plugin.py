@@ -362,6 +362,74 @@ def test_no_failing_test_turns_green(suite, pytester):
     assert done.section.startswith("1 hazard between 1 pair of lines")
 
 
+@pytest.mark.parametrize("options", [(), ("--doctest-continue-on-failure",)])
+def test_doctests(suite, options):
+    """What an example raised, doctest keeps apart; and it clears the names at the end of a run."""
+    done = suite(
+        """
+        def wrong():
+            '''
+            >>> silent().tolist()
+            [2.0, 2.0, 2.0]
+            >>> silent().tolist()
+            [2.0, 2.0, 2.0]
+            '''
+
+        def looks_at_what_is_saved():
+            '''
+            >>> x = torch.ones(2, requires_grad=True)
+            >>> x.sin().grad_fn._saved_self is x
+            True
+            '''
+
+        def fails():
+            '''
+            >>> step("mul")[0].tolist()
+            [2.0]
+            '''
+        """.replace("\n        ", "\n"),
+        "--doctest-modules",
+        *options,
+    )
+    done.assert_outcomes(failed=2, passed=1)
+    assert "NameError" not in done.stdout.str()
+    done.stdout.fnmatch_lines(["FAILED *fails", "FAILED *wrong"])
+    assert "between 1 pair of lines, in 1 test\n" in done.section
+
+
+def test_a_second_run_says_its_own(suite, pytester):
+    done = suite(
+        """
+        def test_twice(record_property):
+            record_property("runs", 1)
+            print("says it")
+            x = torch.ones(2, requires_grad=True)
+            assert x.sin().grad_fn._saved_self is x
+            raise KeyError
+        """.replace("\n        ", "\n"),
+        "--junitxml=found.xml",
+    )
+    done.assert_outcomes(failed=1)
+    assert done.stdout.str().count("says it") == 2  # the line, and what it printed
+    assert (pytester.path / "found.xml").read_text().count('<property name="runs"') == 1
+
+
+def test_a_plugin_that_makes_reports_of_its_own(suite, pytester):
+    pytester.makeconftest(
+        """
+        import pytest
+
+        @pytest.hookimpl(wrapper=True, tryfirst=True)
+        def pytest_runtest_makereport(item, call):
+            yield
+            return pytest.TestReport.from_item_and_call(item, call)
+        """
+    )
+    done = suite(SILENT + "def test_right():\n    pass\n")
+    done.assert_outcomes(failed=1, passed=1)
+    assert done.section.startswith("1 hazard between 1 pair of lines, in 2 tests\n")
+
+
 def test_what_the_fixtures_of_a_class_or_module_keep_is_there_for_a_second_run_and_for_later_tests(suite):
     done = suite(
         """
