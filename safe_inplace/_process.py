@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NoReturn
@@ -138,6 +138,10 @@ class ProcessGuard:
         self.keep()
         return status
 
+    def give_way(self) -> None:
+        """Another program is about to take the process over."""
+        self.keep()
+
     def keep(self) -> None:
         """Each time that something new is found, since a process may end without notice, and at the end for the counts."""
         self.record.hazards = self.guard.hazards
@@ -185,6 +189,16 @@ class FirstGuard(ProcessGuard):
     def end(self, status: int) -> int:
         if os.getpid() != self._pid:
             return super().end(status)
+        self._tell_once(status)
+        return status
+
+    def give_way(self) -> None:
+        if os.getpid() != self._pid:
+            super().give_way()
+        else:
+            self._tell_once(None)
+
+    def _tell_once(self, status: int | None) -> None:
         self.record.hazards = self.guard.hazards
         if not self._told:
             self._told = True
@@ -192,10 +206,9 @@ class FirstGuard(ProcessGuard):
             self.told(status)
             flushed(sys.stdout)
             say(lambda color: tell(self.record, self.others, color))
-        return status
 
-    def told(self, status: int) -> None:
-        pass
+    def told(self, status: int | None) -> None:
+        """None: another program takes the process over."""
 
 
 def _gather(folder: str) -> list[Record]:
@@ -259,6 +272,7 @@ def _install() -> None:
     run_thread = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
     start_thread = _thread.start_new_thread
     leave_at_once = os._exit
+    replace, replace_with = os.execv, os.execve
 
     def watched_thread(thread: threading.Thread) -> None:
         _watched(run_thread, thread)
@@ -269,9 +283,18 @@ def _install() -> None:
     def end_at_once(status: int) -> NoReturn:
         leave_at_once(_current.end(status) if _current is not None else status)
 
+    def give_way(path: Any, arguments: Any) -> NoReturn:
+        _give_way(path, arguments, None)
+        replace(path, arguments)
+
+    def give_way_with(path: Any, arguments: Any, environment: Any) -> NoReturn:
+        _give_way(path, arguments, environment)
+        replace_with(path, arguments, environment)
+
     threading.Thread._bootstrap_inner = watched_thread  # type: ignore[attr-defined]
     _thread.start_new_thread = start_watched_thread  # type: ignore[assignment]
     os._exit = end_at_once  # type: ignore[assignment]
+    os.execv, os.execve = give_way, give_way_with  # type: ignore[assignment]  # the other six call these
     os.register_at_fork(after_in_child=lambda: _current._in_child() if _current is not None else None)
     sys.addaudithook(_on_event)
 
@@ -285,10 +308,24 @@ def _watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 def _on_event(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "subprocess.Popen" and _current is not None:
         executable, line, _, environment = arguments
-        line = [os.fsdecode(part) for part in line] if isinstance(line, (list, tuple)) else [os.fsdecode(line)]
-        program = os.path.basename(os.fsdecode(executable) if executable else line[0])
-        if program.startswith("python") and not _brings_guard(line[1:], environment) and not _from_inductor():
+        line = list(line) if isinstance(line, (list, tuple)) else [line]
+        if _escapes(executable or line[0], line, environment) and not _from_inductor():
             _current.record.processes += 1
+
+
+def _give_way(path: Any, arguments: Any, environment: Mapping[Any, Any] | None) -> None:
+    # exec*p() tries the folders of PATH in turn.
+    if _current is None or not (isinstance(path, int) or os.access(path, os.X_OK)):
+        return
+    if not isinstance(path, int) and _escapes(path, arguments, environment):
+        _current.record.processes += 1
+    _current.give_way()
+
+
+def _escapes(executable: Any, line: Sequence[Any], environment: Mapping[Any, Any] | None) -> bool:
+    """Whether it is Python, and begins without guard."""
+    program = os.path.basename(os.fsdecode(executable))
+    return program.startswith("python") and not _brings_guard([os.fsdecode(part) for part in line[1:]], environment)
 
 
 def _from_inductor() -> bool:

@@ -119,7 +119,7 @@ class _Run(_process.FirstGuard):
         except BaseException as error:
             _print_exception(error)
             self._stopped = comes_of_a_hazard(error)
-            status = 130 if isinstance(error, KeyboardInterrupt) else 1
+            status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         # As the interpreter does before it ends: it tells pools of threads to end, waits for all that are no daemons, and calls
         # the functions of atexit, of which one waits for processes. Guard's own has no part in it.
         atexit.unregister(self._at_exit)
@@ -146,7 +146,7 @@ class _Run(_process.FirstGuard):
             return 1
         return status
 
-    def told(self, status: int) -> None:
+    def told(self, status: int | None) -> None:
         if self._file is None:
             return
         from . import __version__
@@ -202,4 +202,9 @@ def main(prog: str, arguments: list[str]) -> int:
     outer = _process.current()
     if outer is not None:
         outer.stop()
-    return _Run(options, file).run(load)
+    status = _Run(options, file).run(load)
+    if status == -signal.SIGINT:
+        # The interpreter's own way: all is told already.
+        sys.excepthook = lambda *_: None
+        raise KeyboardInterrupt
+    return status

@@ -356,6 +356,19 @@ def test_exit_zero_is_for_hazards_alone(program, text, status):
     assert ("1 hazard" in done.stderr) == (text in (PROGRAM, IN_A_GROUP))
 
 
+def test_ctrl_c_ends_it_as_it_ends_the_interpreter(program):
+    """By the signal: a shell's loop around the program stops."""
+    (program / "waits.py").write_text("import _thread\n_thread.interrupt_main()\nwhile True: pass\n")
+    done = run(program, "--json", "found.json", "waits.py")
+    assert done.returncode == -signal.SIGINT and done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith("KeyboardInterrupt\nsafe_inplace guard: no hazards\n")
+    assert json.loads((program / "found.json").read_text())["status"] == -signal.SIGINT
+    (program / "waits.py").write_text(PROGRAM + "raise KeyboardInterrupt\n")
+    assert run(program, "--on-hazard", "copy", "waits.py").returncode == -signal.SIGINT
+    (program / "waits.py").write_text(FORWARDS + "raise KeyboardInterrupt\n")
+    assert run(program, "--on-hazard", "warn", "waits.py").returncode == HAZARDS
+
+
 @pytest.mark.parametrize("mode", ["warn", "defer"])
 def test_warnings_that_are_errors_stop_nothing(program, mode):
     """Neither what guard finds nor what it cannot look at is a warning of the program's."""
@@ -371,6 +384,26 @@ def test_warnings_that_are_errors_stop_nothing(program, mode):
     if mode == "warn":
         at_once, at_the_end = done.stderr.split("safe_inplace guard: 2 hazards between 1 pair of lines")
         assert at_once.count("h.mul_(10)") == at_the_end.count("| h.mul_(10)") == 1
+
+
+def test_a_program_that_another_takes_over_is_told_of_before(program):
+    """In a line of PATH it looks into folders without the program, too."""
+    (program / "first.py").write_text(
+        FORWARDS + "import os\n"
+        "os.environ['PATH'] = f'/nowhere:{os.path.dirname(sys.executable)}'\n"
+        "name = os.path.basename(sys.executable)\n"
+        "arguments = [name, *(['-I'] if 'alone' in sys.argv else []), '-c', 'print(7); raise SystemExit(3)']\n"
+        "try:\n    os.execvp('no-such-program', arguments)\nexcept FileNotFoundError:\n    print('none')\n"
+        "sys.stdout.flush()\nos.execvp(name, arguments)\n"
+    )
+    done = run(program, "--on-hazard", "warn", "--json", "found.json", "first.py")
+    assert (done.returncode, done.stdout) == (3, "__main__ []\nnone\n7\n"), done.stderr
+    assert done.stderr.count("2 hazards between 1 pair of lines") == 1
+    found = json.loads((program / "found.json").read_text())
+    assert found["status"] is None and found["hazards_seen"] == 2 and found["unguarded"] == {"threads": 0, "processes": 0}
+    done = run(program, "--on-hazard", "warn", "--json", "found.json", "first.py", "alone")
+    assert json.loads((program / "found.json").read_text())["unguarded"]["processes"] == 1
+    assert "1 process ran unguarded" in done.stderr
 
 
 def test_a_report_at_the_end_by_sigterm(program):
