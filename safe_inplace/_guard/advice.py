@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -28,6 +29,9 @@ _WITHOUT_A_WRITE = {
         "Save a value of its own: clone() at the line of the save.",
     ],
 }
+
+
+_AUGMENTED = re.compile(r"(?:\*\*|//|<<|>>|[-+*/%&|^@])=")
 
 
 def remedies(hazard: Facts) -> list[str]:
@@ -82,8 +86,9 @@ def _at_the_write(hazard: Facts) -> str | None:
         return "Leave out= away, or hand it memory that nothing has saved."
     if op.endswith("batch_norm"):
         return "Run backward of the eval-mode forward before the next forward in train mode."
-    # The line does not name the operator: a function or a module that it calls does.
-    called_within = hazard.mutation is not None and op.strip("_") not in write and "]" not in write.partition("=")[0]
+    # The line does not name the operator, by its name or by its sign: a function or a module that it calls does.
+    named = op.strip("_") in write or "]" in write.partition("=")[0] or _AUGMENTED.search(write) is not None
+    called_within = hazard.mutation is not None and not named
     if called_within and op.endswith("_") and (hasattr(torch.Tensor, op[:-1]) or hasattr(torch.nn.functional, op[:-1])):
         return (
             f"What runs here writes with {op}(): use its out-of-place form, {op[:-1]}() (a module: inplace=False), and its "

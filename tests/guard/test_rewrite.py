@@ -311,6 +311,9 @@ def test_statements(statement, watcher):
     assert (hazard.rewritten.clone is not None) == (expected is CLONE)
     if expected is None:
         assert not any("out of place:" in remedy or "before this line" in remedy for remedy in hazard.remedies)
+        # The sign in the line is what writes: nothing that the line calls could be exchanged.
+        if any(isinstance(node, ast.AugAssign) for node in ast.walk(ast.parse(text))):
+            assert not any("out-of-place form" in remedy for remedy in hazard.remedies)
     tree = cured(text, 1, hazard)
     right = outcome(code, "copy")
     for a, b in zip(outcome(compile(tree, "<cured>", "exec"), "raise"), right, strict=True):
