@@ -339,10 +339,13 @@ def _from_inductor() -> bool:
 
 
 def _brings_guard(options: list[str], environment: Mapping[Any, Any] | None) -> bool:
+    """What it finds arrives here, too."""
     if environment is None:
         environment = os.environ
     environment = {os.fsdecode(name): os.fsdecode(value) for name, value in environment.items()}
-    if not environment.get(MODE) or _CHILD not in environment.get("PYTHONPATH", "").split(os.pathsep):
+    if not (environment.get(MODE) and environment.get(RECORDS)):
+        return False
+    if _CHILD not in environment.get("PYTHONPATH", "").split(os.pathsep):
         return False
     for option in options:
         if not option.startswith("-") or option[1:2] in ("c", "m", "-", ""):

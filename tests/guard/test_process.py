@@ -234,6 +234,8 @@ UNGUARDED = {
     "cluster": "[sys.executable, '-uS', '-c', 'pass']",
     "bare environment": "[sys.executable, '-c', 'pass'], env={}",
     "own path": "[sys.executable, '-c', 'pass'], env={**os.environ, 'PYTHONPATH': '/'}",
+    "nowhere to leave what it finds": "[sys.executable, '-c', 'pass'], "
+    "env={name: value for name, value in os.environ.items() if name != 'SAFE_INPLACE_GUARD_RECORDS'}",
 }
 
 
