@@ -300,5 +300,18 @@ def test_a_block_compiles_without_a_break_copies_and_draws_the_same(fresh_dynamo
 
 
 def test_what_is_misspelt_is_refused():
+    x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="draws is 'normal'"):
         ScaledResidual(3, draws="normal")
+    with pytest.raises(ValueError, match="draws is 'timm'"):
+        functional.scaled_residual(x, x, drop_path=0.5, training=True, draws="timm")
+    for p in (-0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"drop_path is {p}; it must be a probability"):
+            ScaledResidual(3, drop_path=p)
+        for draws in ("bernoulli", "rand"):
+            with pytest.raises(ValueError, match=f"drop_path is {p}; it must be a probability"):
+                functional.scaled_residual(x, x, drop_path=p, training=True, draws=draws)
+    with pytest.raises(TypeError, match="the branch is a NoneType; it must be a tensor, or a function"):
+        ScaledResidual(3)(x, None)
+    with pytest.raises(ValueError, match="channel_dim is 5; x has 2 dimensions"):
+        ScaledResidual(3, channel_dim=5)(x, x)

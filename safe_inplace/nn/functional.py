@@ -20,8 +20,20 @@ Draws = Literal["bernoulli", "rand"]
 
 
 def _made(branch: Branch) -> list[Tensor]:
+    if not (isinstance(branch, Tensor) or callable(branch)):
+        raise TypeError(
+            f"the branch is a {type(branch).__name__}; it must be a tensor, or a function without arguments that computes one"
+        )
     # A list: what is popped from it in an argument is a temporary of the expression, and nobody else's.
     return [branch if isinstance(branch, Tensor) else branch()]
+
+
+def require_drop_path(drop_path: float, draws: str) -> None:
+    """Raises ValueError where branches could not be dropped so."""
+    if draws not in ("bernoulli", "rand"):
+        raise ValueError(f"draws is {draws!r}; it must be 'bernoulli' or 'rand'")
+    if not 0 <= drop_path <= 1:
+        raise ValueError(f"drop_path is {drop_path}; it must be a probability, from 0 to 1")
 
 
 def _keep_mask(dropped: Tensor, dtype: torch.dtype, keep: float, draws: Draws) -> Tensor:
@@ -67,7 +79,11 @@ def scaled_residual(
             dimensions differently in memory, the result follows the first.
 
     Returns:
-        A tensor of the broadcast shape and the promoted dtype, which under autocast is that of the stream.
+        A tensor of the broadcast shape and the promoted dtype.
+
+    Raises:
+        TypeError: ``branch`` is neither a tensor nor a function.
+        ValueError: where branches are dropped, ``drop_path`` is no probability or ``draws`` is unknown.
 
     Saved for backward: ``gamma``, and ``branch`` if ``gamma`` needs a gradient.
 
@@ -87,6 +103,7 @@ def scaled_residual(
         if gamma is None:
             return ops.add(made.pop(), x) if branch_first else ops.add(x, made.pop())
         return ops.mul_add(made.pop(), gamma, x) if branch_first else ops.addcmul(x, made.pop(), gamma)
+    require_drop_path(drop_path, draws)
     keep = 1 - drop_path
     factor = _keep_mask(made[0], _dtype_of_product(made[0], gamma), keep, draws)
     if gamma is not None:

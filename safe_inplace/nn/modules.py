@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .functional import Branch, Draws, gated_residual, grn, modulate, scaled_residual
+from .functional import Branch, Draws, gated_residual, grn, modulate, require_drop_path, scaled_residual
 
 __all__ = ["GRN", "GatedResidual", "Modulate", "ScaledResidual"]
 
@@ -39,6 +39,9 @@ class ScaledResidual(_Renamed):
         draws: ``"bernoulli"`` draws timm's random numbers, ``"rand"`` those of transformers.
         channel_dim: the dimension of channels.
 
+    Raises:
+        ValueError: ``drop_path`` is no probability, or ``draws`` is unknown; in a call, ``x`` has no dimension ``channel_dim``.
+
     Call it with ``x`` and a branch of the same shape, a tensor or a function that computes it. The result has the promoted dtype
     of ``x``, ``branch`` and ``gamma``.
 
@@ -62,14 +65,15 @@ class ScaledResidual(_Renamed):
         self, dim: int, init: float = 1e-5, drop_path: float = 0.0, draws: Draws = "bernoulli", channel_dim: int = -1
     ) -> None:
         super().__init__()
-        if draws not in ("bernoulli", "rand"):
-            raise ValueError(f"draws is {draws!r}; it must be 'bernoulli' or 'rand'")
+        require_drop_path(drop_path, draws)
         self.gamma = nn.Parameter(torch.full((dim,), float(init)))
         self.drop_path, self.draws, self.channel_dim = drop_path, draws, channel_dim
 
     def forward(self, x: Tensor, branch: Branch) -> Tensor:
         gamma: Tensor = self.gamma
         if self.channel_dim != -1:
+            if not -x.ndim <= self.channel_dim < x.ndim:
+                raise ValueError(f"channel_dim is {self.channel_dim}; x has {x.ndim} dimensions")
             shape = [1] * x.ndim
             shape[self.channel_dim] = -1
             gamma = gamma.view(shape)
