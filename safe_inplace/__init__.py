@@ -8,15 +8,17 @@ require_matching_build()
 
 from . import nn  # noqa: E402
 from ._counts import counts, reset_counts  # noqa: E402
-from ._guard import HazardError, HazardWarning, Site, guard  # noqa: E402
-from ._patch import PatchError, explain, patch, patched  # noqa: E402
+from ._guard import Hazard, HazardError, HazardWarning, Site, guard  # noqa: E402
+from ._patch import PatchError, Report, explain, patch, patched, restore  # noqa: E402
 from ._process import start_from_environment  # noqa: E402
 from .ops import add, add_, add_mul, add_mul_, addcmul, addcmul_, mul, mul_, mul_add, mul_add_  # noqa: E402
 
 __all__ = [
+    "Hazard",
     "HazardError",
     "HazardWarning",
     "PatchError",
+    "Report",
     "Site",
     "add",
     "add_",
@@ -35,6 +37,7 @@ __all__ = [
     "patch",
     "patched",
     "reset_counts",
+    "restore",
 ]
 
 start_from_environment()

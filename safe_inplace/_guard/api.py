@@ -87,7 +87,7 @@ class guard(Judge):
     ``hazards`` lists what was found, one per pair of lines, with the fields of :class:`HazardError` and how often it was met,
     ``count``; ``hazards_seen`` and ``bytes_copied`` are the totals.
 
-    As a decorator: ``@guard``, ``@guard("copy")``.
+    As a decorator: ``@guard``, ``@guard("copy")``; type checkers know ``@guard()``.
 
     >>> import torch, safe_inplace
     >>> x = torch.ones(3, requires_grad=True)
@@ -102,7 +102,7 @@ class guard(Judge):
     """
 
     @_outside_of_graphs
-    def __new__(cls, on_hazard: Any = "raise", verify: bool = False) -> Any:
+    def __new__(cls, on_hazard: OnHazard | Callable[..., Any] = "raise", verify: bool = False) -> Any:
         if callable(on_hazard):
             return cls(verify=verify)(on_hazard)  # @guard
         return super().__new__(cls)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .examine import find
+from .examine import Found, find
 from .replace import replace
 from .report import PatchError, Report
 
@@ -22,12 +22,22 @@ def explain(model: nn.Module, only: Iterable[str] | None = None) -> Report:
     Returns:
         The report, of which nothing has been done.
 
+    Raises:
+        TypeError: the model is no module.
+
     Example:
         >>> import torch, safe_inplace
         >>> safe_inplace.explain(torch.nn.Linear(2, 2))
         no known blocks in this model
     """
-    return Report(list(find(model, only)), done=False)
+    return _report(list(find(model, only)), model, only, done=False)
+
+
+def _report(found: list[Found], model: nn.Module, only: Iterable[str] | None, done: bool) -> Report:
+    left_out = 0 if found or only is None else len(list(find(model, None)))
+    if not left_out:
+        return Report(found, done=done)
+    return Report(found, done=done, left_out=f"none of the {left_out} known blocks in this model fits only={only!r}")
 
 
 def patch(model: nn.Module, only: Iterable[str] | None = None, strict: bool = False) -> Report:
@@ -45,10 +55,12 @@ def patch(model: nn.Module, only: Iterable[str] | None = None, strict: bool = Fa
         strict: raise where anything that looks like a known block could not be replaced, or where nothing could.
 
     Returns:
-        A report. Printed, it says what was replaced, what not and why; ``counts()`` what happened since; ``restore()`` undoes it.
+        A report. Printed, it says what was replaced, what not and why; ``counts()`` what happened since; ``restore()`` undoes it,
+        as :func:`restore` does without the report.
 
     Raises:
         PatchError: with ``strict``, before anything is replaced.
+        TypeError: the model is no module.
 
     Example:
         >>> import torch, safe_inplace
@@ -65,11 +77,11 @@ def patch(model: nn.Module, only: Iterable[str] | None = None, strict: bool = Fa
     """
     found = list(find(model, only))
     if strict and (not found or any(item.reason for item in found)):
-        raise PatchError(f"strict: {Report(found, done=False)}")
+        raise PatchError(f"strict: {_report(found, model, only, done=False)}")
     for item in found:
         if item.rule is not None and item.reason is None:
             replace(item.module, item.rule)
-    return Report(found, done=True)
+    return _report(found, model, only, done=True)
 
 
 @contextmanager

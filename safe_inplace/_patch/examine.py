@@ -28,6 +28,9 @@ class Found:
 
 
 def find(model: nn.Module, only: Iterable[str] | None) -> Iterator[Found]:
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"model is {what}; it must be a torch.nn.Module, a model that has been built")
     patterns = None if only is None else [only] if isinstance(only, str) else list(only)
     inlined: set[int] = set()
     told: set[int] = set()

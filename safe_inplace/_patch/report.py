@@ -27,11 +27,12 @@ class Report:
         refused: a path and the reason for each that looks as if it could, and does not.
     """
 
-    def __init__(self, found: Sequence[Found], *, done: bool) -> None:
+    def __init__(self, found: Sequence[Found], *, done: bool, left_out: str = "") -> None:
         self._found = [
             (weakref.ref(item.module), type(item.module).__name__, item.path, item.rule, item.reason) for item in found
         ]
         self._done = done
+        self._left_out = left_out
         self.replaced = [(path, rule.name) for _, _, path, rule, reason in self._found if reason is None and rule is not None]
         self.refused = [(path, reason) for _, _, path, _, reason in self._found if reason is not None]
         self._patches: list[Patch] = []
@@ -65,7 +66,8 @@ class Report:
     def __str__(self) -> str:
         verb = "replaced" if self._done else "would be replaced"
         total = len(self.replaced) + len(self.refused)
-        lines = [f"{len(self.replaced)} of {total} known blocks {verb}" if total else "no known blocks in this model"]
+        none = self._left_out or "no known blocks in this model"
+        lines = [f"{len(self.replaced)} of {total} known blocks {verb}" if total else none]
         rows = Counter((name, rule.ops) for _, name, _, rule, reason in self._found if reason is None and rule is not None)
         lines += [f"  {times:>4} x {name} <- {ops}" for (name, ops), times in rows.items()]
         if self.refused:
@@ -90,6 +92,20 @@ class Report:
 
 
 def restore(model: nn.Module) -> None:
-    """Gives every patched module in the model, or in a copy of a patched model, the class that it had."""
+    """Undoes :func:`safe_inplace.patch` without its report, in copies of a patched model as well.
+
+    Args:
+        model: any module. Every patched one in it gets back the class that it had.
+
+    Example:
+        >>> import copy, torch, safe_inplace
+        >>> from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
+        >>> model = ConvNextV2GRN(8)
+        >>> report = safe_inplace.patch(model)
+        >>> again = copy.deepcopy(model)
+        >>> safe_inplace.restore(again)
+        >>> type(again) is ConvNextV2GRN, type(model) is ConvNextV2GRN
+        (True, False)
+    """
     for module in model.modules():
         put_back(module)

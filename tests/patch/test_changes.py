@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from safe_inplace import explain, patch, patched
-from safe_inplace._patch import restore
+from safe_inplace import explain, patch, patched, restore
 from safe_inplace._patch.replace import patch_of
 
 from ..checks import assert_bit_equal

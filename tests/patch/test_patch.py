@@ -16,8 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import safe_inplace
-from safe_inplace import PatchError, explain, patch, patched
-from safe_inplace._patch import restore
+from safe_inplace import PatchError, explain, patch, patched, restore
 from safe_inplace._patch.replace import patch_of
 
 from ..checks import assert_bit_equal

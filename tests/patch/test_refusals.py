@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from safe_inplace import PatchError, explain, patch
+from safe_inplace import PatchError, explain, patch, patched
 from safe_inplace._patch.rules import RULES
 from safe_inplace._patch.structure import structure_of
 
@@ -266,6 +266,22 @@ def test_a_block_that_looks_like_one_that_is_known():
 def test_models_without_anything_are_quiet():
     assert patch(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.TransformerEncoderLayer(4, 2))).refused == []
     assert patch(nn.Sequential(LayerScale(2))).refused == []
+
+
+def test_patterns_that_fit_nothing_are_told_from_models_without_anything():
+    model = blocks.model()
+    assert str(explain(model, only=["*.scael"])) == "none of the 2 known blocks in this model fits only=['*.scael']"
+    with pytest.raises(PatchError, match="none of the 2 known blocks"):
+        patch(model, only="*.scael", strict=True)
+    assert str(explain(nn.Linear(2, 2), only="*")) == "no known blocks in this model"
+
+
+@pytest.mark.parametrize("call", [patch, explain, lambda model: patched(model).__enter__()])
+def test_what_is_no_model_is_refused(call):
+    with pytest.raises(TypeError, match="model is a NoneType; it must be"):
+        call(None)
+    with pytest.raises(TypeError, match="model is the class Linear"):
+        call(nn.Linear)
 
 
 def test_structures_belong_to_one_rule():
