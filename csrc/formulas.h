@@ -1,5 +1,5 @@
 // The op table: what each op computes, what its gradients are made of, and which value it has to keep. Kernels of both
-// devices, autograd, schemas, stubs and tests are derived from it. Knows no ATen: it is compiled for the host, for the
+// devices, autograd, schemas and tests are derived from it. Knows no ATen: it is compiled for the host, for the
 // device and for several instruction sets.
 #pragma once
 
