@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,14 @@ from torch.utils.benchmark import Timer
 
 from safe_inplace import guard
 
+from . import pages
 from .measure import interval_of_median, quantiles
-from .results import RESULTS, file_name, provenance, write
+from .report import about_text, seconds_text
+from .results import RESULTS, file_name, provenance, read, result_files, write
+
+KEPT = RESULTS / "guard"
+PAGE = pages.ROOT / "docs" / "guard.md"
+BEGIN, END = "<!-- guard_step: written by python -m benchmarks.guard_step, not by hand -->", "<!-- /guard_step -->"
 
 Step = Callable[[], None]
 
@@ -226,6 +233,28 @@ def show(rows: list[Row]) -> None:
     Console().print(table)
 
 
+def times(row: Row) -> str:
+    return f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
+
+
+def section(folder: Path = KEPT) -> str:
+    """What docs/guard.md says of a step: how many times as long it takes."""
+    parts = []
+    for path in result_files(folder):
+        about, rows = read(path, Row)
+        table = {(row.step, row.tool): row for row in rows}
+        body = [
+            [step, seconds_text(table[step, "plain"].p50), *(times(table[step, tool]) for tool in list(TOOLS)[1:])]
+            for step in dict.fromkeys(row.step for row in rows)
+        ]
+        parts += [f"**{about_text(about)}**", pages.markdown(["step", *TOOLS], body)]
+    return "\n\n".join(parts)
+
+
+def write_page(folder: Path = KEPT, page: Path = PAGE) -> None:
+    page.write_text(pages.insert(page.read_text(), section(folder), BEGIN, END))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.guard_step", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -246,8 +275,9 @@ def main() -> None:
     show(rows)
     if not options.steps:
         about = provenance(device) | {"command": " ".join(["python -m benchmarks.guard_step", *sys.argv[1:]])}
-        path = RESULTS / "guard" / file_name(about)
+        path = KEPT / file_name(about)
         write(path, about, rows)
+        write_page()
         print(path.relative_to(RESULTS.parent.parent))
 
 

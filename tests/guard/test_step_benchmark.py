@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from benchmarks import guard_step, measure
+from benchmarks import guard_step, measure, results
 
 
 def test_the_interval_holds_the_median():
@@ -21,6 +21,19 @@ def test_the_interval_holds_the_median():
 def test_a_target_is_judged_by_the_interval(low, high, said):
     row = guard_step.Row("resnet18", "guard", 1, 1, 1, (low + high) / 2, low, high, low, high, 15)
     assert guard_step.verdict(row, 1.05) == said
+
+
+def test_the_page_has_what_was_measured(tmp_path):
+    assert guard_step.section() in guard_step.PAGE.read_text()
+    rows = [guard_step.Row("resnet18", tool, 1, 2, 3, ratio, 1, 3, 1.25, 2.5, 15) for ratio, tool in enumerate(guard_step.TOOLS, 1)]
+    about = {"device": "Some", "torch": "2.13", "python": "3.11", "commit": "abc", "load": "0.5", "date": "2026-11-28"}
+    results.write(tmp_path / "some.csv", about | {"command": "it"}, rows)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{guard_step.BEGIN}\nold\n{guard_step.END}\nafter\n")
+    guard_step.write_page(tmp_path, page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "commit abc" in text
+    assert "| resnet18 | 2 s | 2.00 (1.25 to 2.50) | 3.00 (1.25 to 2.50) |" in text
 
 
 def test_every_tool_is_measured_beside_the_plain_step():
