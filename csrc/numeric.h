@@ -107,13 +107,14 @@ SI_INLINE float widen(Half x) {
 #elif defined(SI_F16C)
   return _cvtsh_ss(x.bits);
 #else
-  // Normal numbers are rebiased by a multiplication, which also normalises the subnormal ones; infinities and NaN keep
-  // their payload.
+  // Normal numbers are rebiased, subnormal ones are so many times the smallest, which no mode of the processor flushes: in float32
+  // all are normal. Infinities and NaN keep their payload.
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
-  const float scaled = bit_cast_to<float>(magnitude) * bit_cast_to<float>(0x77800000u);
+  const float subnormal = float(int32_t(x.bits & 0x7fffu)) * bit_cast_to<float>(0x33800000u);
   const uint32_t special = magnitude | 0x7f800000u;
-  return bit_cast_to<float>((magnitude >= 0x0f800000u ? special : bits_of(scaled)) | sign);
+  const uint32_t finite = magnitude < 0x00800000u ? bits_of(subnormal) : magnitude + 0x38000000u;
+  return bit_cast_to<float>((magnitude >= 0x0f800000u ? special : finite) | sign);
 #endif
 }
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import safe_inplace
+
 from .checks import (
     assert_bit_equal,
     assert_rounded_once,
@@ -388,6 +390,28 @@ def test_vectors_over_rows_of_every_length(op, dtype, device):
             with noted(shape, operand):
                 check(op, random_tensor(shape, dtype, device), *operands)
                 check(op, random_tensor(shape, dtype, device), *operands[:-1], random_tensor(shape, dtype, device))
+
+
+@pytest.fixture
+def flushed():
+    assert torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_subnormal_halves_are_normal_numbers_where_denormals_are_flushed(flushed):
+    """In float32, in which the arithmetic is done."""
+    x = torch.full((20, 8), 1024.0, dtype=torch.float16)
+    tiny = torch.tensor(1.7881393432617188e-05, dtype=torch.float16)
+    for shape in ((), (1,), (8,), (20, 1), (20, 8)):
+        operand = tiny.expand(shape).contiguous()
+        assert_bit_equal(safe_inplace.mul(x, operand), x * operand)
+        assert_bit_equal(safe_inplace.mul_(x.clone(), operand), x * operand)
+        assert_bit_equal(safe_inplace.add(operand, operand), operand + operand)
+        leaf, grad = x.clone().requires_grad_(), torch.full_like(x, 4.0)
+        (gradient,) = torch.autograd.grad(safe_inplace.mul(leaf, operand), leaf, grad)
+        assert_bit_equal(gradient, grad * operand)
+    assert_bit_equal(safe_inplace.add(x * 0, tiny.item()), x * 0 + tiny.item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], **dtype_ids)
