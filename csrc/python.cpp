@@ -99,9 +99,10 @@ bool is_tensor(PyObject* value) {
 }
 
 bool is_numpy(PyObject* value, const char* type) {
-  // Only a program that has imported NumPy can own one.
+  // Only a program that has imported NumPy, all of it, can own one. None stands for a module that must not be imported.
   PyObject* const numpy = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy");
-  return numpy != nullptr && py::isinstance(value, py::handle(numpy).attr(type));
+  const py::object kind = numpy != nullptr ? py::getattr(numpy, type, py::none()) : py::none();
+  return PyType_Check(kind.ptr()) && py::isinstance(value, kind);
 }
 
 // The argument parser of torch's own methods: what it takes as a number, how it reads it, and how it refuses one that is

@@ -1,6 +1,8 @@
 """What is a number: all that torch's own methods take as one, read as they read it, and refused as they refuse it."""
 
 import enum
+import sys
+import types
 from decimal import Decimal
 from fractions import Fraction
 
@@ -224,6 +226,15 @@ def test_symbols_have_their_values(symbol, call):
     """Beside a tensor that is no tracer's. torch's methods put a number of their own in the place of some."""
     for dtype in DTYPES:
         same_outcome((CALLS | PARAMETERS)[call], dtype, *SYMBOLS[symbol])
+
+
+@pytest.mark.parametrize("numpy", [None, types.ModuleType("numpy")])
+def test_numbers_without_numpy(numpy, monkeypatch):
+    """None keeps a module from being imported; another may be there in part."""
+    monkeypatch.setitem(sys.modules, "numpy", numpy)
+    assert torch.equal(si.mul(torch.ones(2), 1j), torch.ones(2) * 1j)
+    with pytest.raises(TypeError, match="mul"):
+        si.mul(torch.ones(2), "a")
 
 
 def test_the_imaginary_part_is_kept():
