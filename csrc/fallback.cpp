@@ -53,23 +53,52 @@ at::Tensor widened(const at::Tensor& tensor) {
 }
 
 // torch's addcmul_ takes a boolean, and a complex number without an imaginary part, for which its add_ has no use.
-at::Scalar as_alpha(const at::Scalar& value, at::ScalarType dtype) {
+at::Scalar as_alpha(const at::Scalar& value, bool complex) {
   if (value.isSymbolic()) {
     return value;
   }
   if (value.isBoolean()) {
     return int64_t(value.toBool());
   }
-  if (value.isComplex() && !at::isComplexType(dtype) && value.toComplexDouble().imag() == 0) {
+  if (value.isComplex() && !complex && value.toComplexDouble().imag() == 0) {
     return value.toComplexDouble().real();
   }
   return value;
 }
 
+bool is_exact(at::ScalarType dtype) {
+  return at::isIntegralType(dtype, /*includeBool=*/true);
+}
+
+// As Python multiplies them. Booleans stay some, as in torch.
+at::Scalar product_of_numbers(const at::Scalar& a, const at::Scalar& b) {
+  if (a.isComplex() || b.isComplex()) {
+    return a.toComplexDouble() * b.toComplexDouble();
+  }
+  if (a.isFloatingPoint() || b.isFloatingPoint()) {
+    return a.toDouble() * b.toDouble();
+  }
+  if (a.isBoolean() && b.isBoolean()) {
+    return a.toBool() && b.toBool();
+  }
+  const auto exact = [](const at::Scalar& number) -> __int128 {
+    return number.type() == at::kUInt64 ? __int128(number.toUInt64()) : __int128(number.toLong());
+  };
+  const __int128 product = exact(a) * exact(b);
+  if (product == __int128(int64_t(product))) {
+    return int64_t(product);
+  }
+  TORCH_CHECK_VALUE(product == __int128(uint64_t(product)), "addcmul: tensor1 and tensor2 are the numbers ", a, " and ", b,
+                    ", and no int64 holds their product; give one of them as a float");
+  return uint64_t(product);
+}
+
 Value product_of(const Value& input, const Value& a, const Value& b) {
   if (a.is_tensor() && b.is_tensor()) {
+    const bool exact =
+        is_exact(input.tensor.scalar_type()) || is_exact(a.tensor.scalar_type()) || is_exact(b.tensor.scalar_type());
     const auto in_opmath = [&](const at::Tensor& tensor) {
-      return tensor.to(c10::promoteTypes(tensor.scalar_type(), input.tensor.scalar_type()));
+      return exact ? widened(tensor) : tensor.to(c10::promoteTypes(tensor.scalar_type(), input.tensor.scalar_type()));
     };
     return at::mul(in_opmath(a.tensor), in_opmath(b.tensor));
   }
@@ -78,15 +107,19 @@ Value product_of(const Value& input, const Value& a, const Value& b) {
   if (tensor.is_tensor()) {
     return Value(widened(tensor.tensor)) * number;
   }
-  // Of two numbers one becomes a tensor: of the input's dtype, or of the one that it would promote the input to.
+  const bool traced = a.is_traced_number() || b.is_traced_number();
+  const bool makes_complex = !input.tensor.is_complex() && (a.number.isComplex() || b.number.isComplex());
+  if (!traced && (is_exact(input.tensor.scalar_type()) || makes_complex)) {
+    return product_of_numbers(a.number, b.number);
+  }
+  // Of two numbers one becomes a tensor of the input's dtype, as in the kernels.
   const auto options = at::device(input.tensor.device()).dtype(at::result_type(input.tensor, tensor.number));
   return Value(widened(tensor.as_tensor().to(options, /*non_blocking=*/false, /*copy=*/true))) * number;
 }
 
 Value add_product(const Value& input, const Value& a, const Value& b, const Value& scale) {
-  const at::Tensor product = product_of(input, a, b).tensor;
-  const at::ScalarType dtype = c10::promoteTypes(product.scalar_type(), input.tensor.scalar_type());
-  return at::add(input.tensor, product, as_alpha(scale.number, dtype));
+  const at::Tensor product = product_of(input, a, b).as_tensor();
+  return at::add(input.tensor, product, as_alpha(scale.number, product.is_complex() || input.tensor.is_complex()));
 }
 
 Value add_scaled(const Value& input, const Value& other, const Value& scale) {
@@ -172,10 +205,25 @@ at::Tensor formula(const Call& call, const at::Tensor& input) {
   return result;
 }
 
+// torch's addcmul_ multiplies in the dtype of all three.
+Call beside_input(const Call& original, at::Tensor (&promoted)[2]) {
+  Call call = original;
+  if (call.info().torch_method == TorchMethod::ForTensors && call.operands[0].tensor != nullptr &&
+      call.operands[1].tensor != nullptr) {
+    const at::ScalarType dtype = opmath_type(call.input->scalar_type());
+    each_tensor(original, [&](const at::Tensor& operand, int i) {
+      promoted[i] = operand.to(c10::promoteTypes(operand.scalar_type(), dtype));
+      call.operands[i].tensor = &promoted[i];
+    });
+  }
+  return call;
+}
+
 void write_out_of_place(const Call& call, bool gradient) {
   // Autograd may save it.
   const bool saved = gradient && call.info().kept == Kept::Input;
-  write_result(*call.input, formula(call, aten::widened(saved ? call.input->clone() : *call.input)));
+  at::Tensor promoted[2];
+  write_result(*call.input, formula(beside_input(call, promoted), aten::widened(saved ? call.input->clone() : *call.input)));
 }
 
 void write_in_place(const Call& call, const at::Tensor& target) {
@@ -255,10 +303,13 @@ bool is_reduced(const at::Tensor& tensor) {
 
 at::Tensor result_by_fallback(const Call& original) {
   say_that_cuda_was_left_out(original);
-  if (original.info().torch_method == TorchMethod::ForAnyOperands || !any_tensor(original, is_reduced)) {
+  const at::ScalarType dtype = original.input->scalar_type();
+  const auto differs = [dtype](const at::Tensor& tensor) { return tensor.scalar_type() != dtype; };
+  if (original.info().torch_method == TorchMethod::ForAnyOperands ||
+      !(is_reduced(*original.input) || any_tensor(original, differs))) {
     return formula(original, *original.input);
   }
-  // Several steps, which would each round to its own dtype.
+  // Several steps, which would each round to its own dtype; a 0-dim tensor may make one wider than the result.
   Call call = original;
   at::Tensor wide[2];
   each_tensor(original, [&](const at::Tensor& operand, int i) {

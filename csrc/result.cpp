@@ -43,6 +43,8 @@ struct Typed : OfSteps<Typed> {
       dtype = c10::typeMetaToScalarType(c10::get_default_complex_dtype());
     } else if (at::isFloatingType(dtype)) {
       dtype = c10::typeMetaToScalarType(c10::get_default_dtype());
+    } else if (dtype == at::kUInt64) {
+      dtype = at::kLong; // a number of that kind, which torch promotes with no other
     }
   }
   Typed(const Operand& operand) : Typed(operand.tensor != nullptr ? Typed(*operand.tensor) : Typed(operand.number)) {}

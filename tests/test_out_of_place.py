@@ -126,6 +126,40 @@ def test_numbers(op, dtype, device):
                 check(op, input, *operands)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float32], **dtype_ids)
+@pytest.mark.parametrize("numbers", [(0.5, 300), (3, 5), (True, 7), (2.5, 2**63), (1, 2**63), (1j, 200)], ids=str)
+def test_two_numbers_are_multiplied_as_python_does(numbers, dtype):
+    x = torch.ones(3, dtype=dtype)
+    for a, b in (numbers, numbers[::-1]):
+        if dtype == torch.bool and numbers == (1, 2**63):
+            with pytest.raises(RuntimeError, match="Promotion for uint16"):  # torch's own sum of the two
+                safe_inplace.addcmul(x, a, b)
+        else:
+            assert_bit_equal(safe_inplace.addcmul(x, a, b), x + a * b)
+
+
+def test_a_product_of_numbers_that_torch_cannot_hold_is_refused():
+    for call in (safe_inplace.addcmul, safe_inplace.addcmul_):
+        x = torch.ones(3, dtype=torch.int64)
+        with Untouched(x), pytest.raises(ValueError, match="no int64 holds their product; give one of them as a float"):
+            call(x, 2**40, 2**40)
+
+
+MANY_DTYPES = [torch.uint8, torch.int8, torch.int64, torch.float16, torch.float32, torch.float64, torch.complex64]
+
+
+@pytest.mark.parametrize("dims", list(itertools.product([(), (1,)], repeat=3)), ids=str)
+def test_mixed_dtypes_of_addcmul_are_those_of_the_formula(dims):
+    for dtypes in itertools.product(MANY_DTYPES, repeat=3):
+        x, a, b = (torch.full(shape, value, dtype=dtype) for shape, value, dtype in zip(dims, (1, 100, 2), dtypes, strict=True))
+        torch.testing.assert_close(safe_inplace.addcmul(x, a, b), x + a * b)
+
+
+def test_unsigned_numbers_beside_complex_ones():
+    x, a, b = torch.ones(2, dtype=torch.complex64), torch.tensor([1, 2], dtype=torch.uint16), torch.ones(2)
+    assert_bit_equal(safe_inplace.addcmul(x, a, b), x + a * b)
+
+
 @rows
 def test_operands_of_any_form_beside_each_other(op):
     """Two operands that each lack what the other has: nobody has the result's shape."""
