@@ -79,7 +79,7 @@ bool OpNode::needs(Factor factor) const {
 void OpNode::release_variables() {
   const std::lock_guard<std::mutex> lock(mutex_);
   // A pass that asked for `shift` alone read nothing: torch's own two nodes would leave the product's values alone.
-  if (!saved_were_read) {
+  if (read_in != torch::autograd::get_current_graph_task_id()) {
     return;
   }
   for (SavedVariable& variable : saved) {
@@ -88,7 +88,7 @@ void OpNode::release_variables() {
 }
 
 void OpNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
-  saved_were_read = true; // the compiled graph takes them as its inputs
+  read_in = torch::autograd::get_current_graph_task_id(); // the compiled graph takes them as its inputs
   args.collect(op);
   args.collect(static_cast<int>(form));
   args.collect(parameter);
@@ -138,7 +138,7 @@ void OpNode::unpack(BackwardCall& call) {
     if (factor == Factor::One || !wanted(position) || call.factors[int(factor)].tensor.defined()) {
       continue;
     }
-    saved_were_read = true;
+    read_in = torch::autograd::get_current_graph_task_id();
     FactorValue& value = call.factors[int(factor)];
     value.tensor = saved[int(factor)].unpack();
     if (!value.tensor.defined() && factor != Factor::Kept) {
@@ -228,9 +228,10 @@ bool OpNode::take_saved(BackwardCall& call, int factor) {
   if (value.scalar_type() != call.grad.scalar_type() || value.sizes() != call.grad.sizes() || !may_overwrite_saved(value)) {
     return false;
   }
-  if (value.requires_grad() || value.is_view()) {
-    value = value.variable_data(); // what is written there has not its history, and is no part of anything
-  }
+  // What is written there has not its history, is no part of anything, and is not its object in Python, whose `.grad` and attributes
+  // would come along.
+  value = value.variable_data();
+  value.unsafeGetTensorImpl()->set_allow_tensor_metadata_change(true);
   return true;
 }
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <optional>
 #include <string>
 
 #include "compat.h"
@@ -21,7 +22,8 @@ struct OpNode : torch::autograd::Node {
   // What the gradients are multiplied by: the operands, then the kept value, which out of place may be the input itself.
   torch::autograd::SavedVariable saved[3];
   at::Scalar numbers[2];
-  mutable bool saved_were_read = false;
+  // The pass that has read what is saved: the last one that has. Outside of every pass its number is -1.
+  mutable std::optional<int> read_in;
   // Of input, first and second operand; numbers have none.
   OperandShape shapes[3];
 

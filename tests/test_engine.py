@@ -184,6 +184,21 @@ def test_partial_backward_then_the_rest(op):
         close(torch.autograd.grad(total, tensor, retain_graph=True), [grad])
 
 
+@pytest.mark.parametrize("form", ["function", "functional"])
+@pytest.mark.parametrize("name", ["addcmul_", "mul_add_"])
+def test_a_pass_that_reads_nothing_leaves_what_an_earlier_one_has_read(name, form):
+    op = BY_NAME[name]
+    tensors = leaves(op)
+    total = getattr(op, form)(tensors[0] * 1, *tensors[1:]).sum()
+    expected = expected_grads(op, tensors)
+    named = dict(zip(op.arguments, zip(tensors, expected, strict=True), strict=True))
+    (reads_nothing,) = set(named) - set(op.saves)
+    first, last = op.saves
+    for asked, kept in ((first, True), (reads_nothing, False), (last, False)):
+        tensor, grad = named[asked]
+        close(torch.autograd.grad(total, tensor, retain_graph=kept), [grad])
+
+
 def test_materialized_and_unused_gradients(op):
     tensors = leaves(op)
     unused = torch.randn(3, requires_grad=True)

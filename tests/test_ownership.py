@@ -1,5 +1,6 @@
 """Backward takes over memory that nobody else can see, and only such memory."""
 
+import gc
 import itertools
 from typing import ClassVar
 
@@ -347,6 +348,35 @@ def test_subclass_gradient_is_not_taken(op):
         pytest.skip(f"torch itself refuses the gradient: {error}")
     assert_bit_equal(first, grad)
     assert_bit_equal(second, grad)
+
+
+@pytest.mark.parametrize("form", ["function", "functional"])
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, torch.Tensor.clone])
+def test_a_gradient_in_the_memory_of_a_saved_value_is_another_tensor(op, form, kind):
+    """Its `.grad`, its attributes and its class are the saved value's own."""
+    operands = []
+    for _ in op.operands:
+        operand = kind(torch.full((8,), 3.0)).requires_grad_()
+        (7 * operand).sum().backward()
+        operand.requires_grad_(False).add_(1)
+        operand.mark = "frozen"
+        operands.append(operand)
+    leaf = torch.randn(8, requires_grad=True)
+    expected = gradients(op, leaf, [torch.full((8,), 4.0) for _ in op.operands], torch.ones(8))[id(leaf)]
+    got = []
+    input = leaf * 1
+    input.grad_fn.register_prehook(lambda grads: got.append(grads[0]))
+    result = getattr(op, form)(input, *operands)
+    del operands, operand, input
+    grad = torch.ones(8)
+    result.backward(grad)
+    (gradient,) = got
+    assert_bit_equal(gradient, expected)
+    assert type(gradient) is torch.Tensor and gradient.grad is None and not hasattr(gradient, "mark")
+    assert gc.is_tracked(gradient)
+    if gradient is not grad:
+        assert gradient._version == 0
+        gradient.resize_(4)
 
 
 def test_a_hook_that_kept_an_earlier_gradient_is_not_written_by_a_later_backward(op):
