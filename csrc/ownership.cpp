@@ -5,6 +5,7 @@
 #include <ATen/CachedTensorUtils.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/generated/Functions.h>
@@ -134,17 +135,22 @@ HandsOn hands_on(const torch::autograd::Node& node) {
 // node on the way has made a new TensorImpl. What is added to a `.grad` that is there is not kept, unless a hook takes that away.
 class Keepers {
  public:
-  explicit Keepers(const at::Tensor& gradient) : elements_(gradient.numel()) {}
+  using Leaf = torch::autograd::AccumulateGrad;
+  using Visit = c10::function_ref<bool(const torch::autograd::Edge&, Leaf&)>;
 
-  // Whether a leaf behind the edge may keep the gradient, or a part of it, as its own.
-  bool behind(const torch::autograd::Edge& edge, bool parts = false) {
+  // Of leaves of that size; true from `visit` ends the search.
+  Keepers(int64_t elements, Visit visit) : elements_(elements), visit_(visit) {}
+
+  // Whether the search ended: by a leaf behind the edge that may keep the gradient, or a part of it, as its own, or since it would
+  // take too long.
+  bool behind(const torch::autograd::Edge& edge, bool parts) {
     torch::autograd::Node* const node = edge.function.get();
     if (node == nullptr) {
       return false;
     }
-    if (auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(node)) {
+    if (auto* leaf = dynamic_cast<Leaf*>(node)) {
       const int64_t wanted = leaf->variable.numel();
-      return (wanted == elements_ || (parts && wanted < elements_)) && !adds_in_place(*leaf);
+      return (wanted == elements_ || (parts && wanted < elements_)) && visit_(edge, *leaf);
     }
     const HandsOn handed = hands_on(*node);
     if (handed == HandsOn::nothing) {
@@ -160,13 +166,19 @@ class Keepers {
   }
 
  private:
-  static bool adds_in_place(torch::autograd::AccumulateGrad& leaf) {
-    return leaf.variable.grad().defined() && !has_hooks(leaf) && leaf.tensor_post_acc_grad_hooks() == nullptr;
-  }
-
   int64_t elements_;
+  Visit visit_;
   int budget_ = 2000;
 };
+
+bool adds_in_place(torch::autograd::AccumulateGrad& leaf) {
+  return leaf.variable.grad().defined() && !has_hooks(leaf) && leaf.tensor_post_acc_grad_hooks() == nullptr;
+}
+
+bool leaf_may_keep(const at::Tensor& gradient, const torch::autograd::Edge& edge) {
+  const auto keeps = [](const auto&, torch::autograd::AccumulateGrad& leaf) { return !adds_in_place(leaf); };
+  return Keepers(gradient.numel(), keeps).behind(edge, /*parts=*/false);
+}
 
 } // namespace
 
@@ -176,13 +188,57 @@ void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_
   }
   for (size_t i = 0; i < gradients.size(); ++i) {
     at::Tensor& gradient = gradients[i];
-    if (!gradient.defined() || !has_kernel(gradient) || is_sole_owner(gradient) || !Keepers(gradient).behind(edges[i])) {
+    if (!gradient.defined() || !has_kernel(gradient) || is_sole_owner(gradient) || !leaf_may_keep(gradient, edges[i])) {
       continue;
     }
     const auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(edges[i].function.get());
     // In the layout that the leaf would copy it to otherwise.
     gradient = leaf != nullptr ? torch::autograd::utils::clone_obey_contract(gradient, leaf->variable) : gradient.clone();
   }
+}
+
+namespace {
+
+bool lies_in(const at::Tensor& tensor, const c10::StorageImpl* storage) {
+  return tensor.defined() && tensor.has_storage() && tensor.storage().unsafeGetStorageImpl() == storage;
+}
+
+} // namespace
+
+bool keep_out_of_leaves(const at::Tensor& saved, const torch::autograd::Node& node) {
+  if (c10::GradMode::is_enabled() || !saved.has_storage() || hands_on(node) != HandsOn::parts) {
+    return true;
+  }
+  torch::autograd::edge_list leaves;
+  const c10::StorageImpl* const storage = saved.storage().unsafeGetStorageImpl();
+  const auto note = [&](const torch::autograd::Edge& found, torch::autograd::AccumulateGrad& leaf) {
+    if (!lies_in(leaf.variable.grad(), storage)) {
+      leaves.push_back(found);
+    }
+    return false;
+  };
+  Keepers keepers(saved.numel(), note);
+  for (const torch::autograd::Edge& edge : node.next_edges()) {
+    if (keepers.behind(edge, /*parts=*/true)) {
+      return false;
+    }
+  }
+  if (!leaves.empty()) {
+    // Not kept alive: where it is gone, no leaf has it.
+    torch::autograd::Engine::get_default_engine().queue_callback(
+        [leaves = std::move(leaves), weak = saved.storage().getWeakStorageImpl()]() {
+          const at::NoGradGuard no_grad;
+          const auto storage = weak.lock();
+          for (const torch::autograd::Edge& edge : leaves) {
+            const at::Tensor& leaf = static_cast<torch::autograd::AccumulateGrad&>(*edge.function).variable;
+            at::Tensor& grad = leaf.mutable_grad();
+            if (storage && lies_in(grad, storage.get())) {
+              grad = torch::autograd::utils::clone_obey_contract(grad, leaf);
+            }
+          }
+        });
+  }
+  return true;
 }
 
 bool may_overwrite_in_backward(const at::Tensor& tensor, size_t handles) {

@@ -29,6 +29,11 @@ bool may_take_over(const at::Tensor& temporary);
 // `edges` are where the gradients go.
 void keep_apart(std::vector<at::Tensor>& gradients, const torch::autograd::edge_list& edges);
 
+// A saved value is given to a node of the running pass that may hand it on as a gradient. Under saved-tensor hooks it is a tensor of
+// its own, which AccumulateGrad would take for a gradient that nobody else has: sees to it that no leaf's `.grad` has its memory
+// when the pass is through. False where that cannot be told.
+bool keep_out_of_leaves(const at::Tensor& saved, const torch::autograd::Node& node);
+
 // Whether the graph of the running backward pass is released after it.
 bool graph_is_released();
 

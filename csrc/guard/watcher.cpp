@@ -6,6 +6,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
@@ -15,6 +16,7 @@
 #include "guard/policy.h"
 #include "guard/saved_type.h"
 #include "guard/saving.h"
+#include "ownership.h"
 
 namespace safe_inplace::guard {
 namespace {
@@ -82,6 +84,9 @@ PyObject* unpack(PyObject*, PyObject* argument) {
     auto given = guard().asked_for(value, value.value);
     if (auto* other = beside_guard()) {
       given = other->asked_for(value, given);
+    }
+    if (const auto node = torch::autograd::get_current_node(); node != nullptr && !keep_out_of_leaves(given, *node)) {
+      given = given.clone();
     }
     return THPVariable_Wrap(given);
   } catch (const std::exception&) {

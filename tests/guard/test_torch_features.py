@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import safe_inplace
 from safe_inplace import HazardError, HazardWarning, guard
 
+from ..checks import assert_bit_equal
+
 ROOT = Path(__file__).resolve().parents[2]
 ON = pytest.mark.parametrize("verify", [False, True], ids=["", "verify"])
 
@@ -274,6 +276,44 @@ def test_what_a_recomputation_saves_goes_with_it():
     with guard(verify=True):
         checkpoint(inside, x, use_reentrant=False).sum().backward()
     assert len(storages) == 2 and [ref() for ref in storages] == [None, None]
+
+
+class Saved(torch.autograd.Function):
+    """Its gradient is what it has saved: of (x * s).sum() it is s, and of half the sum of squares of x it is x."""
+
+    @staticmethod
+    def forward(ctx, x, s, change):
+        ctx.save_for_backward(x if s is None else s)
+        ctx.change = change
+        return (x * (x / 2 if s is None else change(s))).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.change(*ctx.saved_tensors), None, None
+
+
+@pytest.mark.parametrize("mode", ["raise", "defer", "warn", "copy"])
+@pytest.mark.parametrize("change", [lambda s: s, torch.t, lambda s: s[:, :]], ids=["itself", "transposed", "a view"])
+@pytest.mark.parametrize("way", [lambda x: x, lambda x: x + 0, lambda x: x.view(4, 4)], ids=["leaf", "sum", "view"])
+@pytest.mark.parametrize("own", [False, True])
+def test_no_leaf_takes_a_saved_value_for_its_gradient(own, way, change, mode):
+    """Backward gets it as a tensor of its own, of which nobody but torch has a handle. A view torch alone gets wrong, too."""
+
+    def run(change):
+        x = torch.full((4, 4), 2.0, requires_grad=True)
+        s = torch.arange(16.0).reshape(4, 4)
+        for _ in range(3):
+            Saved.apply(way(x), None if own else s, change).backward()
+        with torch.no_grad():
+            x.grad.mul_(2)
+        return x.detach(), s, x.grad
+
+    expected = run(lambda s: change(s).clone())
+    with guard(mode) as watched:
+        got = run(change)
+    assert watched.hazards == []
+    for a, b in zip(got, expected, strict=True):
+        assert_bit_equal(a, b)
 
 
 def test_other_hooks_are_said_once():
