@@ -299,6 +299,18 @@ def test_a_block_compiles_without_a_break_copies_and_draws_the_same(fresh_dynamo
     assert_bit_equal(torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False), expected)
 
 
+@pytest.mark.parametrize(
+    ("module", "count"),
+    [(Modulate(), 3), (Modulate(nn.LayerNorm(4)), 3), (GatedResidual(), 3), (ScaledResidual(4), 2), (GRN(4), 1)],
+    ids=lambda value: type(value).__name__,
+)
+def test_fx_traces_the_modules(module, count):
+    values = [torch.randn(2, 3, 5, 4) for _ in range(count)]
+    module.eval()
+    traced = torch.fx.symbolic_trace(module)
+    torch.testing.assert_close(traced(*values), module(*values))
+
+
 def test_what_is_misspelt_is_refused():
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="draws is 'normal'"):

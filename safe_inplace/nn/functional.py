@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import ops
 
@@ -20,12 +21,16 @@ Draws = Literal["bernoulli", "rand"]
 
 
 def _made(branch: Branch) -> list[Tensor]:
-    if not (isinstance(branch, Tensor) or callable(branch)):
+    if isinstance(branch, Tensor):
+        return [branch]
+    if isinstance(branch, Proxy):  # of a tensor, while torch.fx traces; it can be called, too
+        return [branch]  # type: ignore[list-item]
+    if not callable(branch):
         raise TypeError(
             f"the branch is a {type(branch).__name__}; it must be a tensor, or a function without arguments that computes one"
         )
     # A list: what is popped from it in an argument is a temporary of the expression, and nobody else's.
-    return [branch if isinstance(branch, Tensor) else branch()]
+    return [branch()]
 
 
 def require_drop_path(drop_path: float, draws: str) -> None:

@@ -1,5 +1,7 @@
 """The modules: a parameter or two around each functional form."""
 
+from __future__ import annotations  # torch.fx writes annotations down, and knows no `Callable[[], Tensor]`
+
 from typing import Any, ClassVar
 
 import torch
