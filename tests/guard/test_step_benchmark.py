@@ -25,7 +25,7 @@ def test_a_target_is_judged_by_the_interval(low, high, said):
 
 def test_the_page_has_what_was_measured(tmp_path):
     assert guard_step.section() in guard_step.PAGE.read_text()
-    rows = [guard_step.Row("resnet18", tool, 1, 2, 3, ratio, 1, 3, 1.25, 2.5, 15) for ratio, tool in enumerate(guard_step.TOOLS, 1)]
+    rows = [guard_step.Row("resnet18", tool, 1, 2, 3, i, 1, 3, 1.25, 2.5, 15) for i, tool in enumerate(guard_step.TOOLS, 1)]
     about = {"device": "Some", "torch": "2.13", "python": "3.11", "commit": "abc", "load": "0.5", "date": "2026-11-28"}
     results.write(tmp_path / "some.csv", about | {"command": "it"}, rows)
     page = tmp_path / "page.md"
