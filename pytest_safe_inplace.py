@@ -118,7 +118,7 @@ class _Guards:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
         report = yield
         # Plain values: they travel to the process that prints.
-        told: dict[str, Any] = {"error": any(map(self._comes_of_a_hazard, _errors(call)))}
+        told: dict[str, Any] = {"error": any(self._comes_of_a_hazard(error, silent=True) for error in _errors(call))}
         if call.when == "teardown":
             told |= {
                 "watched": item.stash.get(_watch, None) is not None,

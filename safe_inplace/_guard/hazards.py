@@ -144,23 +144,26 @@ class HazardError(_Report, RuntimeError):
     of a DataLoader's worker is.
     """
 
+    of_torch = False  # torch alone would refuse here, too
+
 
 class HazardWarning(_Report, UserWarning):
     """The same as :class:`HazardError`, under ``guard("warn")``."""
 
 
-def comes_of_a_hazard(error: BaseException | None) -> bool:
-    """Whether the error is guard's, or has one of guard's among its causes, or in its group."""
+def comes_of_a_hazard(error: BaseException | None, silent: bool = False) -> bool:
+    """Whether the error is guard's, or has one of guard's among its causes, or in its group. `silent`: whether torch alone would
+    not have raised: among the causes, only of an error that torch has no error in the place of."""
     seen: set[int] = set()
-    waiting = [error]
+    waiting = [(error, False)]
     while waiting:
-        error = waiting.pop()
+        error, is_cause = waiting.pop()
         if error is None or id(error) in seen:
             continue
-        if isinstance(error, HazardError):
+        if isinstance(error, HazardError) and not (silent and is_cause and error.of_torch):
             return True
         seen.add(id(error))
         if isinstance(error, BaseExceptionGroup):
-            waiting += error.exceptions
-        waiting.append(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
+            waiting += [(one, is_cause) for one in error.exceptions]
+        waiting.append((error.__cause__ or (None if error.__suppress_context__ else error.__context__), True))
     return False

@@ -39,7 +39,7 @@ class Raise:
 
     def asked(self, findings: Findings, saved: _C.Saved) -> None:
         """Backward asks for a value that was overwritten, or whose version rose."""
-        raise HazardError(findings.found(findings.late_note(saved), saved))
+        raise _late(findings.found(findings.late_note(saved), saved), saved)
 
     def corrupted(self, findings: Findings, hazard: Hazard, saved: _C.Saved | None) -> None:
         """Backward asks for a value whose bytes are not what they were; None: it has asked for one."""
@@ -82,7 +82,7 @@ class Warn(Raise):
             hazard = findings.found(note, saved)
             findings.warn(hazard)
         if saved.stale:
-            raise HazardError(hazard)
+            raise _late(hazard, saved)
 
     def corrupted(self, findings: Findings, hazard: Hazard, saved: _C.Saved | None) -> None:
         if saved is not None:
@@ -120,6 +120,12 @@ class Copy(Raise):
         with findings.lock:
             hazard.repaired += 1
         return saved.value
+
+
+def _late(hazard: Hazard, saved: _C.Saved) -> HazardError:
+    error = HazardError(hazard)
+    error.of_torch = bool(saved.stale)
+    return error
 
 
 MODES: dict[str, Raise] = {"raise": Raise(), "warn": Warn(), "copy": Copy(), "defer": Defer()}

@@ -397,6 +397,48 @@ def test_doctests(suite, options):
     assert "between 1 pair of lines, in 1 test\n" in done.section
 
 
+@pytest.mark.parametrize("mode", ["defer", "raise", "warn"])
+def test_what_a_test_says_of_torchs_error_is_an_error_of_its_own(suite, mode):
+    """Where torch alone would have raised none, it is guard's."""
+    done = suite(
+        """
+        import unittest
+
+        def wrong():
+            x, y = step()
+            y.sum().backward()
+
+        def test_words():
+            try:
+                wrong()
+            except RuntimeError as error:
+                assert "is at version 1; expected version 0" in str(error)
+
+        def test_raises_another():
+            try:
+                wrong()
+            except RuntimeError as error:
+                if "expected version 0" not in str(error):
+                    raise ValueError("unexpected") from error
+
+        class TestWords(unittest.TestCase):
+            def test_regex(self):
+                with self.assertRaisesRegex(RuntimeError, "is at version 1; expected version 0"):
+                    wrong()
+
+        def test_silent():
+            try:
+                silent()
+            except RuntimeError as error:
+                raise ValueError("training failed") from error
+        """.replace("\n        ", "\n"),
+        mode=mode,
+    )
+    # Under warn nothing is raised where torch raises nothing.
+    done.assert_outcomes(passed=4) if mode == "warn" else done.assert_outcomes(failed=1, passed=3)
+    assert bool(re.search(r"^FAILED .*::test_silent", done.stdout.str(), re.MULTILINE)) == (mode != "warn")
+
+
 def test_a_second_run_says_its_own(suite, pytester):
     done = suite(
         """
