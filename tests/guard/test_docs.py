@@ -12,9 +12,9 @@ PROGRAM = "examples/guard_hazard.py"
 BLOCK = re.compile(r"(<!-- report: .*? -->\n).*?(<!-- /report -->)", re.DOTALL)
 
 
-def report_of(*arguments: str, **environment: str) -> str:
+def report_of(*arguments: str) -> str:
     """What the command says of a program of the repository."""
-    done = run(ROOT, *arguments, **environment)
+    done = run(ROOT, *arguments)
     assert done.returncode == HAZARDS, done.stderr
     return done.stderr[done.stderr.index("safe_inplace guard:") :].replace(f"{ROOT}{os.sep}", "")
 
