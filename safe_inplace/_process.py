@@ -283,13 +283,13 @@ def _install() -> None:
     def end_at_once(status: int) -> NoReturn:
         leave_at_once(_current.end(status) if _current is not None else status)
 
-    def give_way(path: Any, arguments: Any) -> NoReturn:
-        _give_way(path, arguments, None)
-        replace(path, arguments)
+    def give_way(path: Any, argv: Any, /) -> NoReturn:
+        _give_way(path, argv, None)
+        replace(path, argv)
 
-    def give_way_with(path: Any, arguments: Any, environment: Any) -> NoReturn:
-        _give_way(path, arguments, environment)
-        replace_with(path, arguments, environment)
+    def give_way_with(path: Any, argv: Any, env: Any) -> NoReturn:
+        _give_way(path, argv, env)
+        replace_with(path, argv, env)
 
     threading.Thread._bootstrap_inner = watched_thread  # type: ignore[attr-defined]
     _thread.start_new_thread = start_watched_thread  # type: ignore[assignment]
@@ -299,7 +299,7 @@ def _install() -> None:
     sys.addaudithook(_on_event)
 
 
-def _watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+def _watched(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
     process = _current
     with process.guard if process is not None else contextlib.nullcontext():
         function(*args, **kwargs)

@@ -57,7 +57,7 @@ begun.wait()
 while _thread._count(): time.sleep(0.01)""",
     "raw with keywords": """
 begun = threading.Event()
-_thread.start_new_thread(lambda *, k: (k.set(), step()), (), {"k": begun})
+_thread.start_new_thread(lambda *, function: (function.set(), step()), (), {"function": begun})
 begun.wait()
 while _thread._count(): time.sleep(0.01)""",
 }

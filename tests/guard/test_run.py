@@ -358,7 +358,10 @@ def test_exit_zero_is_for_hazards_alone(program, text, status):
 
 def test_ctrl_c_ends_it_as_it_ends_the_interpreter(program):
     """By the signal: a shell's loop around the program stops."""
-    (program / "waits.py").write_text("import _thread\n_thread.interrupt_main()\nwhile True: pass\n")
+    # What began in the background of a shell ignores the signal, and so do its children.
+    (program / "waits.py").write_text(
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.raise_signal(signal.SIGINT)\n"
+    )
     done = run(program, "--json", "found.json", "waits.py")
     assert done.returncode == -signal.SIGINT and done.stderr.count("Traceback") == 1
     assert done.stderr.endswith("KeyboardInterrupt\nsafe_inplace guard: no hazards\n")
@@ -401,6 +404,10 @@ def test_a_program_that_another_takes_over_is_told_of_before(program):
     assert done.stderr.count("2 hazards between 1 pair of lines") == 1
     found = json.loads((program / "found.json").read_text())
     assert found["status"] is None and found["hazards_seen"] == 2 and found["unguarded"] == {"threads": 0, "processes": 0}
+    (program / "second.py").write_text(
+        "import os, sys\nos.execve(sys.executable, argv=['python', '-c', 'print(5)'], env=dict(os.environ))\n"
+    )
+    assert run(program, "second.py").stdout == "5\n"
     done = run(program, "--on-hazard", "warn", "--json", "found.json", "first.py", "alone")
     assert json.loads((program / "found.json").read_text())["unguarded"]["processes"] == 1
     assert "1 process ran unguarded" in done.stderr
