@@ -109,13 +109,13 @@ class ProcessGuard:
         self._name = f"{self.record.pid}-{os.urandom(4).hex()}"
         self._writing = threading.Lock()
         self.guard._findings.listener = self.keep
+        # Not by warnings: the program may look at these, or have them as errors.
+        self.guard._findings.teller = lambda hazard: say(lambda color: f"{self.record.who()}: {hazard.text(color)}\n")
 
     def start(self) -> None:
         global _current
         _install()
         _current = self
-        # Not by warnings: the program may look at these, or have them as errors.
-        self.guard._findings.teller = lambda hazard: say(lambda color: f"{self.record.who()}: {hazard.text(color)}\n")
         notices.listener = lambda words: say(lambda _: words)
         self.record.threads = threading.active_count() - 1
         self.guard.__enter__()

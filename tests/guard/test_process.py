@@ -209,6 +209,13 @@ def test_what_was_found_before_a_fork_is_told_once(folder):
     assert found["hazards_seen"] == 1 and process["hazards"][0]["count"] == 2, done.stderr
 
 
+def test_what_is_told_in_a_forked_process_is_no_warning_there(folder):
+    (folder / "steps.py").write_text(STEP.replace("y.sum().backward()\n    return x.grad.tolist()", ""))
+    text = PROCESSES["os.fork, os._exit"].replace("step()\n", "import warnings; warnings.simplefilter('error'); step()\n")
+    done, found = watched(folder, text, mode="warn")
+    assert done.returncode == HAZARDS and len(found["processes"]) == 1 and "Traceback" not in done.stderr
+
+
 def test_hazards_of_other_processes_count_for_the_status(folder):
     done, _ = watched(folder, PROCESSES["spawn process"].replace("assert p.exitcode == 0", "pass"), mode="raise")
     assert done.returncode == HAZARDS
