@@ -206,7 +206,8 @@ bool lies_in(const at::Tensor& tensor, const c10::StorageImpl* storage) {
 } // namespace
 
 bool keep_out_of_leaves(const at::Tensor& saved, const torch::autograd::Node& node) {
-  if (c10::GradMode::is_enabled() || !saved.has_storage() || hands_on(node) != HandsOn::parts) {
+  const bool in_a_pass = torch::autograd::get_current_graph_task_id() != -1;
+  if (!in_a_pass || c10::GradMode::is_enabled() || !saved.has_storage() || hands_on(node) != HandsOn::parts) {
     return true;
   }
   torch::autograd::edge_list leaves;
