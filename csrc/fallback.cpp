@@ -205,18 +205,26 @@ at::Tensor formula(const Call& call, const at::Tensor& input) {
   return result;
 }
 
-// torch's addcmul_ multiplies in the dtype of all three.
-Call beside_input(const Call& original, at::Tensor (&promoted)[2]) {
+// The call with other tensors as its operands, made of the ones that it has.
+template <class Make>
+Call with_operands(const Call& original, at::Tensor (&made)[2], const Make& make) {
   Call call = original;
-  if (call.info().torch_method == TorchMethod::ForTensors && call.operands[0].tensor != nullptr &&
-      call.operands[1].tensor != nullptr) {
-    const at::ScalarType dtype = opmath_type(call.input->scalar_type());
-    each_tensor(original, [&](const at::Tensor& operand, int i) {
-      promoted[i] = operand.to(c10::promoteTypes(operand.scalar_type(), dtype));
-      call.operands[i].tensor = &promoted[i];
-    });
-  }
+  each_tensor(original, [&](const at::Tensor& operand, int i) {
+    made[i] = make(operand);
+    call.operands[i].tensor = &made[i];
+  });
   return call;
+}
+
+// torch's addcmul_ multiplies in the dtype of all three.
+Call beside_input(const Call& call, at::Tensor (&promoted)[2]) {
+  if (call.info().torch_method != TorchMethod::ForTensors || call.operands[0].tensor == nullptr ||
+      call.operands[1].tensor == nullptr) {
+    return call;
+  }
+  const at::ScalarType dtype = opmath_type(call.input->scalar_type());
+  return with_operands(
+      call, promoted, [dtype](const at::Tensor& operand) { return operand.to(c10::promoteTypes(operand.scalar_type(), dtype)); });
 }
 
 void write_out_of_place(const Call& call, bool gradient) {
@@ -233,13 +241,10 @@ void write_in_place(const Call& call, const at::Tensor& target) {
 }
 
 // Sparse, mkldnn and nested tensors lack the general forms: what torch's methods do, with a raise of the version for each.
-void write_in_steps(Call call) {
+void write_in_steps(const Call& original) {
   // A step may write what the next one reads: whether these layouts share memory, their tensors do not tell.
   at::Tensor copies[2];
-  each_tensor(Call(call), [&](const at::Tensor& operand, int i) {
-    copies[i] = operand.clone();
-    call.operands[i].tensor = &copies[i];
-  });
+  const Call call = with_operands(original, copies, [](const at::Tensor& operand) { return operand.clone(); });
   {
     // The second step may be refused when the first has been written: a copy of the input goes ahead.
     const at::NoGradGuard no_grad;
@@ -310,12 +315,8 @@ at::Tensor result_by_fallback(const Call& original) {
     return formula(original, *original.input);
   }
   // Several steps, which would each round to its own dtype; a 0-dim tensor may make one wider than the result.
-  Call call = original;
   at::Tensor wide[2];
-  each_tensor(original, [&](const at::Tensor& operand, int i) {
-    wide[i] = aten::widened(operand);
-    call.operands[i].tensor = &wide[i];
-  });
+  const Call call = with_operands(original, wide, aten::widened);
   return formula(call, aten::widened(*original.input)).to(result_dtype(original));
 }
 
