@@ -230,10 +230,10 @@ class _Guards:
 
 def _errors(call: pytest.CallInfo[None]) -> list[BaseException]:
     """What was raised. A doctest keeps apart what its examples raised."""
-    import doctest
-
     if call.excinfo is None:
         return []
+    import doctest
+
     error = call.excinfo.value
     failures = error.failures if isinstance(error, MultipleDoctestFailures) else [error]
     return [failure.exc_info[1] if isinstance(failure, doctest.UnexpectedException) else failure for failure in failures]

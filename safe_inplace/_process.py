@@ -308,17 +308,18 @@ def _watched(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None
 def _on_event(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "subprocess.Popen" and _current is not None:
         executable, line, _, environment = arguments
-        line = list(line) if isinstance(line, (list, tuple)) else [line]
+        line = line if isinstance(line, (list, tuple)) else [line]
         if _escapes(executable or line[0], line, environment) and not _from_inductor():
             _current.record.processes += 1
 
 
 def _give_way(path: Any, arguments: Any, environment: Mapping[Any, Any] | None) -> None:
-    # exec*p() tries the folders of PATH in turn.
-    if _current is None or not (isinstance(path, int) or os.access(path, os.X_OK)):
+    if _current is None:
         return
-    if not isinstance(path, int) and _escapes(path, arguments, environment):
-        _current.record.processes += 1
+    if not isinstance(path, int):
+        if not os.access(path, os.X_OK):
+            return  # exec*p() tries the folders of PATH in turn
+        _current.record.processes += _escapes(path, arguments, environment)
     _current.give_way()
 
 

@@ -21,9 +21,8 @@ Draws = Literal["bernoulli", "rand"]
 
 
 def _made(branch: Branch) -> list[Tensor]:
-    if isinstance(branch, Tensor):
-        return [branch]
-    if isinstance(branch, Proxy):  # of a tensor, while torch.fx traces; it can be called, too
+    # A Proxy is a tensor while torch.fx traces, and can be called, too.
+    if isinstance(branch, (Tensor, Proxy)):
         return [branch]  # type: ignore[list-item]
     if not callable(branch):
         raise TypeError(
