@@ -5,6 +5,7 @@ import re
 import tomllib
 
 import pytest
+import torch._dynamo  # noqa: F401 - what pytester finds imported it leaves imported, and this must not be imported twice
 
 from tests.guard.test_run import ROOT
 
@@ -33,7 +34,7 @@ def silent():
 
 @pytest.fixture
 def suite(pytester, monkeypatch):
-    """Runs a suite of tests; the answer has the summary, without colour, in `section`."""
+    """Runs a suite of tests, in this process unless it has workers; the answer has the summary, without colour, in `section`."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makepyfile(steps=STEP)
@@ -41,7 +42,8 @@ def suite(pytester, monkeypatch):
     def run(text, *options, mode=None):
         pytester.makepyfile("from steps import *\n" + text)
         option = "--safe-inplace-guard" if mode is None else f"--safe-inplace-guard={mode}"
-        done = pytester.runpytest_subprocess("-p", "pytest_safe_inplace", "-p", "no:cacheprovider", *options, option)
+        start = pytester.runpytest_subprocess if "-n" in options else pytester.runpytest_inprocess
+        done = start("-p", "pytest_safe_inplace", "-p", "no:cacheprovider", *options, option)
         after = re.split(r"^=+ safe_inplace guard =+\n", done.stdout.str(), flags=re.MULTILINE)[-1]
         done.section = re.split(r"^=+ .* =+$", after, flags=re.MULTILINE)[0]
         return done
