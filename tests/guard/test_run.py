@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import safe_inplace
+from safe_inplace.__main__ import main
 
 HAZARDS = 86
 ROOT = Path(safe_inplace.__file__).parent.parent
@@ -247,15 +248,15 @@ def test_the_console_script(tmp_path):
         (["--json", "no/such/folder.json", "program.py"], "--json no/such/folder.json: No such file"),
     ],
 )
-def test_a_call_that_is_wrong_shows_the_usage_of_run(program, arguments, complaint):
-    done = run(program, *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("usage: python -m safe_inplace run [--on-hazard") and complaint in done.stderr
+def test_a_call_that_is_wrong_shows_the_usage_of_run(arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["run", *arguments])
+    printed = capsys.readouterr()
+    assert exit.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("usage: python -m safe_inplace run [--on-hazard") and complaint in printed.err
 
 
 def test_unknown_arguments_of_other_commands_show_their_usage(tmp_path, capsys):
-    from safe_inplace.__main__ import main
-
     for command in ("env", "check-sources"):
         with pytest.raises(SystemExit) as exit:
             main([command, "--bogus"])
