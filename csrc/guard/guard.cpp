@@ -33,16 +33,19 @@ void fingerprint(SavedValue& value, const Policy& policy) {
   }
 }
 
+bool strided(const c10::TensorImpl* impl) {
+  return impl->has_storage() && !impl->key_set().has(c10::DispatchKey::NestedTensor);
+}
+
+bool see_the_same(const c10::TensorImpl* a, const c10::TensorImpl* b) {
+  return a->unsafe_storage().unsafeGetStorageImpl() == b->unsafe_storage().unsafeGetStorageImpl() && a->dtype() == b->dtype() &&
+         a->storage_offset() == b->storage_offset() && a->sizes() == b->sizes() && a->strides() == b->strides();
+}
+
 // The tensor that torch alone would hand to backward lies in other memory now, or sees it otherwise.
 bool exchanged(const SavedValue* entry, const c10::TensorImpl* original) {
   const auto* value = entry->value.unsafeGetTensorImpl();
-  const auto strided = [](const c10::TensorImpl* impl) {
-    return impl->has_storage() && !impl->key_set().has(c10::DispatchKey::NestedTensor);
-  };
-  return strided(value) && strided(original) &&
-         (original->unsafe_storage().unsafeGetStorageImpl() != value->unsafe_storage().unsafeGetStorageImpl() ||
-          original->dtype() != value->dtype() || original->storage_offset() != value->storage_offset() ||
-          original->sizes() != value->sizes() || original->strides() != value->strides());
+  return strided(value) && strided(original) && !see_the_same(value, original);
 }
 
 // What torch alone would refuse, and what a note tells of.
@@ -94,6 +97,14 @@ at::Tensor Guard::asked_for(SavedValue& value, const at::Tensor&) {
   }
   value.unpacked += by_backward;
   return value.value;
+}
+
+at::Tensor original_of(const SavedValue& value, const at::Tensor& given) {
+  at::Tensor original(value.original.lock());
+  const bool same = original.defined() && !stale(&value) && strided(original.unsafeGetTensorImpl()) &&
+                    strided(given.unsafeGetTensorImpl()) &&
+                    see_the_same(original.unsafeGetTensorImpl(), given.unsafeGetTensorImpl());
+  return same ? original : at::Tensor();
 }
 
 Guard& guard() {

@@ -23,4 +23,7 @@ class Guard final : public Observer {
 
 Guard& guard();
 
+// The tensor that was saved itself, where `given`, which backward was handed, is that still; undefined where it is not.
+at::Tensor original_of(const SavedValue& value, const at::Tensor& given);
+
 } // namespace safe_inplace::guard

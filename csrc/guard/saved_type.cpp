@@ -6,6 +6,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "guard/guard.h"
 #include "guard/ledger.h"
 #include "guard/policy.h"
 
@@ -56,6 +57,14 @@ PyObject* saved_accept(PyObject* self, PyObject*) {
   entry->unaccounted = false;
   entry->beside.reset();
   Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* saved_original_of(PyObject* self, PyObject* argument) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(THPVariable_Check(argument), "original_of() takes a tensor");
+  const auto original = original_of(*saved(self), THPVariable_Unpack(argument));
+  return original.defined() ? THPVariable_Wrap(original) : Py_NewRef(Py_None);
   END_HANDLE_TH_ERRORS
 }
 
@@ -144,6 +153,7 @@ int saved_set_note(PyObject* self, PyObject* value, void*) {
 PyMethodDef saved_methods[] = {{"replace", saved_replace, METH_O, nullptr},
                                {"release", saved_release, METH_NOARGS, nullptr},
                                {"accept", saved_accept, METH_NOARGS, nullptr},
+                               {"original_of", saved_original_of, METH_O, nullptr},
                                {nullptr, nullptr, 0, nullptr}};
 
 PyGetSetDef saved_attributes[] = {{"value", saved_get_value, nullptr, nullptr, nullptr},

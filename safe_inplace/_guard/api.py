@@ -20,7 +20,7 @@ from .hazards import Hazard, summary
 from .judge import Judge
 from .modes import OnHazard
 from .say import say_once
-from .torch_patches import let_higher_order_operators_pass, torch_patches
+from .torch_patches import hand_out_what_was_saved, let_higher_order_operators_pass, torch_patches
 
 __tracebackhide__ = True
 
@@ -118,6 +118,7 @@ class guard(Judge):
     @_outside_of_graphs
     def __enter__(self) -> guard:
         let_higher_order_operators_pass()
+        hand_out_what_was_saved()
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is not None and hooks[0] is not _C.guard_pack:
             say_once(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
@@ -30,6 +31,25 @@ def let_higher_order_operators_pass() -> None:
         known.append(key)
         for operator in torch._ops._higher_order_ops.values():
             operator.fallthrough(key)
+
+
+_saved_tensors_of = vars(torch._C._FunctionBase)["saved_tensors"].__get__
+
+
+def hand_out_what_was_saved() -> None:
+    """What `ctx.saved_tensors` holds is what the forward saved, as without hooks: a Function may set its `.grad`, or read what
+    somebody set on it. For good: a graph outlives the guard that it was made under."""
+    if "saved_tensors" not in vars(BackwardCFunction):
+        BackwardCFunction.saved_tensors = property(_saved_tensors)  # type: ignore[assignment]
+
+
+def _saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
+    return tuple(_original(raw.data, given) for given, raw in zip(_saved_tensors_of(ctx), ctx._raw_saved_tensors, strict=True))
+
+
+def _original(packed: Any, given: torch.Tensor | None) -> torch.Tensor | None:
+    original = packed.original_of(given) if given is not None and isinstance(packed, _C.Saved) else None
+    return given if original is None else original
 
 
 class TorchPatches:

@@ -1,6 +1,7 @@
 """guard beside the parts of torch that save, write or keep tensors in ways of their own."""
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ import threading
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -314,6 +316,92 @@ def test_no_leaf_takes_a_saved_value_for_its_gradient(own, way, change, mode):
     assert watched.hazards == []
     for a, b in zip(got, expected, strict=True):
         assert_bit_equal(a, b)
+
+
+class Keeps(torch.autograd.Function):
+    """Its sum, of which backward shows what it finds saved."""
+
+    @staticmethod
+    def forward(ctx, look, result, *tensors):
+        ctx.look = look
+        total = sum(tensor.sum() for tensor in tensors if tensor is not None)
+        ctx.save_for_backward(*tensors, *([total] if result else []))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.look(*ctx.saved_tensors)
+        given = ctx.saved_tensors[: len(ctx.needs_input_grad) - 2]
+        return None, None, *(None if tensor is None else grad.expand(tensor.shape) for tensor in given)
+
+
+def no_guard():
+    return contextlib.nullcontext(SimpleNamespace(hazards=[]))
+
+
+@pytest.mark.parametrize("watch", [no_guard, *(functools.partial(guard, mode) for mode in ("raise", "defer", "warn", "copy"))])
+@pytest.mark.parametrize("after", [False, True], ids=["inside", "after"])
+def test_a_functions_backward_finds_what_its_forward_saved(after, watch):
+    """Weights whose gradient a Function adds up itself, in an attribute of theirs, are trained that way."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.main_grad = torch.zeros(2)
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    inner = weight * 1
+    kept = (weight, frozen, inner, inner[:1], None, torch.ones(3))
+
+    def look(*found):
+        assert all(a is b for a, b in zip(found, kept, strict=True))
+        found[0].main_grad.add_(1)
+        found[1].grad = torch.ones(2)
+
+    with watch() as watched:
+        total = Keeps.apply(look, False, *kept)
+        if not after:
+            total.backward()
+    if after:
+        total.backward()
+    assert watched.hazards == []
+    assert weight.main_grad.tolist() == [1, 1] and frozen.grad.tolist() == [1, 1]
+
+
+def test_a_functions_backward_finds_no_other_value_than_was_saved():
+    """A result is another object without guard as well; what was written or exchanged since is a copy or an error."""
+    for watch in (no_guard, guard):
+        seen = []
+        with watch():
+            total = Keeps.apply(lambda x, result: seen.append(result), True, torch.ones(2, requires_grad=True))
+            total.backward()
+        assert seen[0] is not total and seen[0].grad_fn is total.grad_fn
+
+    def changes(change):
+        y, seen = torch.ones(2, requires_grad=True) * 1, []
+        with guard("copy") as watched:
+            total = Keeps.apply(lambda y: seen.append(y), False, y)
+            change(y)
+            total.backward()
+        assert len(watched.hazards) == 1 and seen[0] is not y and seen[0].tolist() == [1, 1]
+
+    changes(lambda y: y.mul_(2))
+    changes(lambda y: setattr(y, "data", torch.zeros(2)))
+
+
+def test_a_functions_backward_may_be_differentiated():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            return 2 * x * grad
+
+    x = torch.full((2,), 3.0, requires_grad=True)
+    with guard():
+        (first,) = torch.autograd.grad(Square.apply(x * 1).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+    assert first.tolist() == [6, 6] and second.tolist() == [2, 2]
 
 
 def test_other_hooks_are_said_once():
