@@ -44,7 +44,8 @@ def hand_out_what_was_saved() -> None:
 
 
 def _saved_tensors(ctx: Any) -> tuple[torch.Tensor | None, ...]:
-    return tuple(_original(raw.data, given) for given, raw in zip(_saved_tensors_of(ctx), ctx._raw_saved_tensors, strict=True))
+    packed = [raw.data for raw in ctx._raw_saved_tensors]  # which clear_saved_tensors_on_access drops with the tensors
+    return tuple(map(_original, packed, _saved_tensors_of(ctx)))
 
 
 def _original(packed: Any, given: torch.Tensor | None) -> torch.Tensor | None:

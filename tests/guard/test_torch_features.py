@@ -385,6 +385,41 @@ def test_a_functions_backward_finds_no_other_value_than_was_saved():
     changes(lambda y: setattr(y, "data", torch.zeros(2)))
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_what_a_function_saved_is_refused_in_torchs_words(once):
+    """When it is gone, or not there yet."""
+
+    class Twice(torch.autograd.Function):
+        clear_saved_tensors_on_access = once
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            said.append(() if once else ctx.saved_tensors)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            assert len(ctx.saved_tensors) == 1
+            try:
+                assert len(ctx.saved_tensors) == 1
+            except RuntimeError as error:
+                said.append(str(error))
+            return grad
+
+    for watch in (no_guard, guard):
+        said = []
+        with watch():
+            total = Twice.apply(torch.ones(2, requires_grad=True)).sum()
+            total.backward()
+            with pytest.raises(RuntimeError) as refused:
+                total.backward()
+        said.append(str(refused.value))
+        if watch is no_guard:
+            plain = said
+    assert said == plain and len(said) == 2 + once
+
+
 def test_a_functions_backward_may_be_differentiated():
     class Square(torch.autograd.Function):
         @staticmethod
