@@ -32,6 +32,16 @@ def trace_as(function: Callable[..., Any], traced: Callable[..., Any]) -> None:
     when_there(lambda: torch.compiler.substitute_in_graph(function)(traced))
 
 
+def break_graph_at(function: Callable[[Any], Any]) -> None:
+    """Compilers leave a call of the C function to the interpreter, without a warning that they do not know it."""
+
+    def tell() -> None:
+        untraced = torch._dynamo.disable(function)
+        torch.compiler.substitute_in_graph(function, skip_signature_check=True)(lambda argument: untraced(argument))
+
+    when_there(tell)
+
+
 def keep_out_of(package: str) -> None:
     """Of the functions in it none is traced, and none is compiled where a broken graph calls it."""
     when_there(lambda: torch._dynamo.trace_rules.add(package))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn, SupportsIndex, TypeVar
 import torch
 
 from .. import _C
-from .._dynamo import keep_out_of
+from .._dynamo import break_graph_at, keep_out_of
 from .findings import Findings
 from .hazards import Hazard, summary
 from .judge import Judge
@@ -28,6 +28,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _C.guard_parameter_type(torch.nn.Parameter)
 keep_out_of(__package__)
+# Compiled autograd traces the hooks of what was saved.
+break_graph_at(_C.guard_pack)
+break_graph_at(_C.guard_unpack)
 
 
 def _outside_of_graphs(function: F) -> F:

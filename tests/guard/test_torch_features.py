@@ -420,23 +420,45 @@ def test_what_a_function_saved_is_refused_in_torchs_words(once):
     assert said == plain and len(said) == 2 + once
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
 def test_a_functions_backward_may_be_differentiated():
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x * x
-
-        @staticmethod
-        def backward(ctx, grad):
-            (x,) = ctx.saved_tensors
-            return 2 * x * grad
-
     x = torch.full((2,), 3.0, requires_grad=True)
     with guard():
         (first,) = torch.autograd.grad(Square.apply(x * 1).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x)
     assert first.tolist() == [6, 6] and second.tolist() == [2, 2]
+
+
+@pytest.mark.filterwarnings("error:Dynamo does not know how to trace")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_autograd(backend, fresh_dynamo):
+    def step(change):
+        w = leaf(3)
+        h = w * 1
+        total = (h * h + Square.apply(h)).sum()
+        change(h.data)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend)):
+            total.backward()
+        return w
+
+    with guard("defer") as watched:
+        w = step(lambda h: None)
+    assert_bit_equal(w.grad, 4 * w.detach())
+    assert watched.hazards == []
+    with guard("defer") as watched, pytest.raises(HazardError, match=r"change\(h.data\)|h.mul_\(2\)"):
+        step(lambda h: h.mul_(2))
+    assert len(watched.hazards) == 1
 
 
 def test_other_hooks_are_said_once():
