@@ -1,8 +1,11 @@
 """Which way the ops went where the result does not show it."""
 
 from . import _C
+from ._dynamo import keep_out_of
 
 __all__ = ["counts", "reset_counts"]
+
+keep_out_of(__name__)
 
 
 def counts() -> dict[str, int]:

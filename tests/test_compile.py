@@ -8,6 +8,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.exc import InductorError
 
+import safe_inplace
+
 from .checks import assert_bit_equal
 from .layouts import SMALL, random_tensor
 from .op_table import OPS
@@ -527,6 +529,16 @@ def test_compiled_function_then_eager_write(op):
     leaves = leaves_of(op)
     actual = run(lambda x, *o: op.function(compiled(x), *o), leaves)
     close(actual, run(lambda x, *o: op.function(x.sin() * 2, *o), leaves))
+
+
+@pytest.mark.filterwarnings("error:Dynamo does not know how to trace")
+def test_counts_inside_a_compiled_function():
+    def step(x):
+        safe_inplace.reset_counts()
+        return safe_inplace.mul(x, 2), sum(safe_inplace.counts().values())
+
+    result, counted = torch.compile(step, backend="eager")(torch.ones(3))
+    assert result.tolist() == [2, 2, 2] and counted == 0
 
 
 def test_graph_break_in_the_middle_of_a_chain():
