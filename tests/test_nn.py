@@ -311,6 +311,31 @@ def test_fx_traces_the_modules(module, count):
     torch.testing.assert_close(traced(*values), module(*values))
 
 
+@pytest.mark.parametrize("draws", ["bernoulli", "rand"])
+@pytest.mark.parametrize("shape", [(8, 1), (8, 1, 4)])
+def test_a_scale_with_more_samples_than_the_branch(draws, shape):
+    """One number is drawn for each sample of their product."""
+    drop_path = {"bernoulli": timm_drop_path, "rand": transformers_drop_path}[draws](0.5)
+    gamma, branch, x = torch.rand(shape), torch.rand(1, 4), torch.zeros(())
+    torch.manual_seed(1)
+    expected = x + drop_path(gamma * branch)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    result = functional.scaled_residual(x, branch, gamma, 0.5, True, draws=draws)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(result, expected)
+
+
+def test_a_module_without_its_scale():
+    residual, x = ScaledResidual(4, channel_dim=1), torch.rand(2, 4, 3)
+    residual.gamma = None
+    assert_bit_equal(residual(x, x), x + x)
+    assert repr(residual) == "ScaledResidual(None, drop_path=0.0, draws='bernoulli', channel_dim=1)"
+    assert residual.load_state_dict({"gamma": torch.ones(4)}, strict=False).unexpected_keys == ["gamma"]
+    with pytest.raises(TypeError, match="gate is None; it must be a tensor"):
+        GatedResidual()(x, x, None)
+
+
 def test_what_is_misspelt_is_refused():
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="draws is 'normal'"):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .examine import Found, find
-from .replace import replace
+from .replace import changing, replace
 from .report import PatchError, Report
 
 
@@ -30,7 +30,8 @@ def explain(model: nn.Module, only: Iterable[str] | None = None) -> Report:
         >>> safe_inplace.explain(torch.nn.Linear(2, 2))
         no known blocks in this model
     """
-    return _report(list(find(model, only)), model, only, done=False)
+    with changing:
+        return _report(list(find(model, only)), model, only, done=False)
 
 
 def _report(found: list[Found], model: nn.Module, only: Iterable[str] | None, done: bool) -> Report:
@@ -75,13 +76,14 @@ def patch(model: nn.Module, only: Iterable[str] | None = None, strict: bool = Fa
         2
         >>> report.restore()
     """
-    found = list(find(model, only))
-    if strict and (not found or any(item.reason for item in found)):
-        raise PatchError(f"strict: {_report(found, model, only, done=False)}")
-    for item in found:
-        if item.rule is not None and item.reason is None:
-            replace(item.module, item.rule)
-    return _report(found, model, only, done=True)
+    with changing:
+        found = list(find(model, only))
+        if strict and (not found or any(item.reason for item in found)):
+            raise PatchError(f"strict: {_report(found, model, only, done=False)}")
+        for item in found:
+            if item.rule is not None and item.reason is None:
+                replace(item.module, item.rule)
+        return _report(found, model, only, done=True)
 
 
 @contextmanager

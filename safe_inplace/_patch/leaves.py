@@ -20,19 +20,52 @@ def _timm_drop_path(module: Any) -> dict[str, Any]:
     return {"drop_path": module.drop_prob, "training": module.training, "scale_by_keep": module.scale_by_keep}
 
 
-LAYER_SCALE = Leaf(("f637826bd7c7",), name="LayerScale of transformers", takes=lambda module: {"gamma": module.lambda1})
-DROP_PATH = Leaf(("8d87231de8cf",), name="DropPath of transformers", takes=_drop_path)
-OLDER_DROP_PATH = Leaf(
-    ("577d8b741adf",), {"drop_path": ("3ab1a727734f",)}, name="DropPath of transformers before 5.12", takes=_drop_path
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, (Tensor, int, float))
+
+
+def _scale_obstacle(module: Any) -> str | None:
+    if getattr(module, "inplace", False):
+        return "writes in place"
+    value = next(getattr(module, name) for name in ("lambda1", "gamma", "scale") if hasattr(module, name))
+    return None if _is_scale(value) else f"scales by a {type(value).__name__}"
+
+
+def _drop_path_obstacle(module: Any) -> str | None:
+    drop = module.drop_prob
+    known = isinstance(drop, Tensor) or (isinstance(drop, (int, float)) and 0 <= drop <= 1)
+    return None if known else f"drops with the probability {drop}"
+
+
+LAYER_SCALE = Leaf(
+    ("f637826bd7c7",),
+    name="LayerScale of transformers",
+    takes=lambda module: {"gamma": module.lambda1},
+    wants=_scale_obstacle,
 )
-TIMM_LAYER_SCALE = Leaf(("f08223a76e8d",), name="LayerScale of timm", takes=lambda module: {"gamma": module.gamma})
+DROP_PATH = Leaf(("8d87231de8cf",), name="DropPath of transformers", takes=_drop_path, wants=_drop_path_obstacle)
+OLDER_DROP_PATH = Leaf(
+    ("577d8b741adf",),
+    {"drop_path": ("3ab1a727734f",)},
+    name="DropPath of transformers before 5.12",
+    takes=_drop_path,
+    wants=_drop_path_obstacle,
+)
+TIMM_LAYER_SCALE = Leaf(
+    ("f08223a76e8d",), name="LayerScale of timm", takes=lambda module: {"gamma": module.gamma}, wants=_scale_obstacle
+)
 TIMM_DROP_PATH = Leaf(
-    ("4ccba6d84ff0",), {"drop_path": ("bb223011d7af",)}, name="DropPath of timm", takes=_timm_drop_path
+    ("4ccba6d84ff0",),
+    {"drop_path": ("bb223011d7af",)},
+    name="DropPath of timm",
+    takes=_timm_drop_path,
+    wants=_drop_path_obstacle,
 )
 METAFORMER_SCALE = Leaf(
     ("fe9a369bec43",),
     name="Scale of timm's MetaFormer",
     takes=lambda module: {"gamma": module.scale.view(module.shape)},
+    wants=_scale_obstacle,
 )
 GRN = Leaf(("91ed2bea9f08",), name="GRN of transformers")
 
@@ -58,7 +91,8 @@ def residual(
     """
     made = [branch()]
     given: dict[str, Any] = {"gamma": gamma()}
-    found = _inlined(block, *names)
+    known = given["gamma"] is None or _is_scale(given["gamma"])
+    found = _inlined(block, *names) if known else None
     if found is None:
         hidden = made.pop() if given["gamma"] is None else made.pop() * given["gamma"]
         for name in names:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copyreg
 import inspect
+import threading
 import types
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,7 +24,12 @@ from torch.utils import checkpoint
 from .rules import LIBRARIES, Forward, Leaf, Rule, rules_for
 from .structure import innermost, structure_of
 
+# Held for as long as a model is looked at and its modules change.
+changing = threading.RLock()
+
 _classes: weakref.WeakValueDictionary[tuple[type, Forward, Rule], type] = weakref.WeakValueDictionary()
+# These stay though no module has them: what was compiled for a class is of no use for the next one that is made in its place.
+_latest: deque[type] = deque(maxlen=64)
 
 # Of a function and the leaves that it may be: which it is, and the functions that it calls, as they were when that was found.
 _verified: dict[tuple[Forward, tuple[Leaf, ...]], tuple[Leaf, tuple[tuple[str, Any], ...]]] = {}
@@ -126,6 +132,9 @@ def inlined(module: nn.Module, rule: Rule, names: Iterable[str]) -> str | list[t
         leaf, helpers = known
         if not all(function.__globals__.get(called) is helper for called, helper in helpers):
             return f"{name} calls a function that was replaced"
+        reason = leaf.wants(child)
+        if reason is not None:
+            return f"{name} {reason}"
         found.append((child, leaf))
     return found
 
@@ -171,6 +180,7 @@ def _with_cells(function: types.FunctionType, changed: Callable[[types.CellType]
     again.__kwdefaults__ = function.__kwdefaults__
     again.__dict__.update(function.__dict__)
     again.__module__, again.__qualname__, again.__doc__ = function.__module__, function.__qualname__, function.__doc__
+    again.__annotations__ = function.__annotations__
     return again
 
 
@@ -200,6 +210,7 @@ def _in_place_of(original: Forward, function: Any, around: Forward) -> Forward:
     made.__dict__.update(around.__dict__)
     made.__wrapped__ = around  # type: ignore[attr-defined]
     made.__module__, made.__qualname__, made.__doc__ = around.__module__, around.__qualname__, around.__doc__
+    made.__annotations__ = around.__annotations__
     return made
 
 
@@ -214,14 +225,22 @@ def patched_class(base: Any, rule: Rule) -> type:
     hears = base.__init_subclass__
     if inspect.ismethod(hears) and hears.__module__.split(".")[0] not in _LIBRARIES:
         raise TypeError(f"its class does something of its own with each subclass ({hears.__func__.__qualname__})")
+    kind = type(base)
+    if kind is not type and kind.__module__.split(".")[0] not in {"abc", *_LIBRARIES}:
+        raise TypeError(f"its class is made by a metaclass of its own ({kind.__qualname__})")
     patch = Patch(rule, base)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # Older protocols name the class, and no module has it under its name.
         made: Any = super(result, self).__reduce_ex__(max(protocol, 2))
-        if type(self) is result and made[0] is copyreg.__newobj__ and made[1] == (result,):  # type: ignore[attr-defined]
-            return (_new, (base,), *made[2:])
-        return made
+        if type(self) is not result or isinstance(made, str):
+            return made
+        function, arguments, *state = made
+        if function is copyreg.__newobj__ and arguments[0] is result:  # type: ignore[attr-defined]
+            return (_new, (base, *arguments[1:]), *state)
+        # By a way of the class's own: what comes of it is plain.
+        plain = tuple(base if argument is result else argument for argument in arguments)
+        return (base if function is result else function, plain, *state)
 
     namespace = {
         "__module__": base.__module__,
@@ -231,22 +250,24 @@ def patched_class(base: Any, rule: Rule) -> type:
         "_safe_inplace_patch": patch,
         "forward": patch.forward,
     }
-    result: Any = type(base)(base.__name__, (base,), namespace)
+    result: Any = kind(base.__name__, (base,), namespace)
     _classes[key] = result
+    _latest.append(result)
     return result
 
 
-def _new(base: Any) -> Any:
+def _new(base: Any, *arguments: Any) -> Any:
     """An instance, unpickled. The library may be another version here: then another rule's, or a plain one."""
     function = innermost(base.forward)
     rule = rules_for(structure_of(function))
     if rule is None or rule.obstacle(function) or rule.argument_obstacle(function):
-        return base.__new__(base)
+        return base.__new__(base, *arguments)
     try:
-        cls = patched_class(base, rule)
+        with changing:
+            cls = patched_class(base, rule)
     except TypeError:  # as patch() leaves such a class alone
         cls = base
-    return base.__new__(cls)
+    return base.__new__(cls, *arguments)
 
 
 def patch_of(cls: type) -> Patch | None:
@@ -261,10 +282,11 @@ def replace(module: nn.Module, rule: Rule) -> Patch:
 
 
 def put_back(module: nn.Module) -> None:
-    cls = type(module)
-    patch = patch_of(cls)
-    if patch is not None:
-        object.__setattr__(module, "__class__", _without(cls, patch))
+    with changing:
+        cls = type(module)
+        patch = patch_of(cls)
+        if patch is not None:
+            object.__setattr__(module, "__class__", _without(cls, patch))
 
 
 def _without(cls: Any, patch: Patch) -> Any:

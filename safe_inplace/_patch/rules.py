@@ -29,6 +29,9 @@ class Known:
             return "has a forward whose source cannot be read"
         if structure not in self.structures:
             return f"has a forward that is not known (structure {structure})"
+        closed_over = set(function.__code__.co_freevars) - {"__class__"}  # type: ignore[attr-defined]
+        if closed_over:
+            return f"has a forward that is closed over {', '.join(sorted(closed_over))}"
         for name, structures in self.helpers.items():
             helper = function.__globals__.get(name)
             if helper is None or structure_of(helper) not in structures:
@@ -46,6 +49,8 @@ class Leaf(Known):
     name: str = ""
     # What it does to a branch, as arguments of ``scaled_residual``.
     takes: Callable[[Any], dict[str, Any]] = lambda module: {}
+    # Why `takes` would not say what this module does, in words that follow its name; None where it does.
+    wants: Callable[[Any], str | None] = lambda module: None
 
 
 # A LayerScale or a DropPath that a configuration leaves out.

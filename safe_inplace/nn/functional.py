@@ -40,11 +40,13 @@ def require_drop_path(drop_path: float, draws: str) -> None:
         raise ValueError(f"drop_path is {drop_path}; it must be a probability, from 0 to 1")
 
 
-def _keep_mask(dropped: Tensor, dtype: torch.dtype, keep: float, draws: Draws) -> Tensor:
-    shape = (dropped.shape[0],) + (1,) * (dropped.ndim - 1)
+def _keep_mask(branch: Tensor, gamma: Tensor | float | None, keep: float, draws: Draws) -> Tensor:
+    """A number for each sample of what is dropped, their product: a scale may have more samples than the branch."""
+    product = torch.broadcast_shapes(branch.shape, gamma.shape) if isinstance(gamma, Tensor) else branch.shape
+    shape, dtype = (product[0],) + (1,) * (len(product) - 1), _dtype_of_product(branch, gamma)
     if draws == "bernoulli":
-        return dropped.new_empty(shape, dtype=dtype).bernoulli_(keep)
-    return torch.floor(torch.rand(shape, dtype=dtype, device=dropped.device) + keep)
+        return branch.new_empty(shape, dtype=dtype).bernoulli_(keep)
+    return torch.floor(torch.rand(shape, dtype=dtype, device=branch.device) + keep)
 
 
 def _dtype_of_product(branch: Tensor, gamma: Tensor | float | None) -> torch.dtype:
@@ -109,7 +111,7 @@ def scaled_residual(
         return ops.mul_add(made.pop(), gamma, x) if branch_first else ops.addcmul(x, made.pop(), gamma)
     require_drop_path(drop_path, draws)
     keep = 1 - drop_path
-    factor = _keep_mask(made[0], _dtype_of_product(made[0], gamma), keep, draws)
+    factor = _keep_mask(made[0], gamma, keep, draws)
     if gamma is not None:
         factor = factor * gamma
     scale = 1.0
@@ -135,6 +137,9 @@ def gated_residual(x: Tensor, branch: Branch, gate: Tensor, *, branch_first: boo
     Returns:
         A tensor of the broadcast shape and the promoted dtype.
 
+    Raises:
+        TypeError: ``branch`` is neither a tensor nor a function, or ``gate`` is None.
+
     Saved for backward: ``gate`` if ``branch`` needs a gradient; ``branch`` if ``gate`` does.
 
     Example:
@@ -144,6 +149,8 @@ def gated_residual(x: Tensor, branch: Branch, gate: Tensor, *, branch_first: boo
         tensor([[1., 1.],
                 [2., 2.]])
     """
+    if gate is None:
+        raise TypeError("gate is None; it must be a tensor that broadcasts to the branch")
     return scaled_residual(x, branch, gate, branch_first=branch_first)
 
 

@@ -23,7 +23,9 @@ class _Renamed(nn.Module):
                 if prefix + name not in state_dict and prefix + other in state_dict:
                     state_dict[prefix + name] = state_dict.pop(prefix + other)
             value, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(value, Tensor) and value.ndim != own.ndim and value.squeeze().shape == own.squeeze().shape:
+            if not isinstance(value, Tensor) or not isinstance(own, Tensor):
+                continue
+            if value.ndim != own.ndim and value.squeeze().shape == own.squeeze().shape:
                 state_dict[prefix + name] = value.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -72,8 +74,8 @@ class ScaledResidual(_Renamed):
         self.drop_path, self.draws, self.channel_dim = drop_path, draws, channel_dim
 
     def forward(self, x: Tensor, branch: Branch) -> Tensor:
-        gamma: Tensor = self.gamma
-        if self.channel_dim != -1:
+        gamma: Tensor | None = self.gamma
+        if gamma is not None and self.channel_dim != -1:
             if not -x.ndim <= self.channel_dim < x.ndim:
                 raise ValueError(f"channel_dim is {self.channel_dim}; x has {x.ndim} dimensions")
             shape = [1] * x.ndim
@@ -82,7 +84,8 @@ class ScaledResidual(_Renamed):
         return scaled_residual(x, branch, gamma, self.drop_path, self.training, draws=self.draws)
 
     def extra_repr(self) -> str:
-        return f"{self.gamma.numel()}, drop_path={self.drop_path}, draws={self.draws!r}, channel_dim={self.channel_dim}"
+        dim = None if self.gamma is None else self.gamma.numel()
+        return f"{dim}, drop_path={self.drop_path}, draws={self.draws!r}, channel_dim={self.channel_dim}"
 
 
 class GatedResidual(nn.Module):

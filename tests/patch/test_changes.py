@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from safe_inplace import explain, patch, patched, restore
+from safe_inplace._patch.leaves import TIMM_LAYER_SCALE
 from safe_inplace._patch.replace import patch_of
 
 from ..checks import assert_bit_equal
@@ -276,6 +277,59 @@ def test_a_probability_in_a_tensor(p, x):
     block.drop_path.drop_prob = p
     patch(block, strict=True)
     assert_as_plain(block, x)
+
+
+class TimmScale(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.gamma, self.inplace = nn.Parameter(torch.ones(8)), inplace
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+def test_a_scale_that_writes_in_place_is_called():
+    """What it returns has the dtype and the shape of the branch."""
+    assert TIMM_LAYER_SCALE.obstacle(TimmScale.forward) is None
+    assert TIMM_LAYER_SCALE.wants(TimmScale(False)) is None
+    assert TIMM_LAYER_SCALE.wants(TimmScale(True)) == "writes in place"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block.scale, "lambda1", nn.Parameter(torch.arange(32.0).view(4, 1, 8))),
+        lambda block: setattr(block.scale, "lambda1", nn.Parameter(torch.arange(16.0).view(2, 1, 1, 8))),
+        lambda block: setattr(block.scale, "lambda1", None),
+        lambda block: setattr(block.drop_path, "drop_prob", None),
+        lambda block: setattr(block.drop_path, "drop_prob", -0.25),
+    ],
+    ids=["a scale of each sample", "a scale of more dimensions", "no scale", "no probability", "a negative one"],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_values_that_a_submodule_may_have(change, when):
+    """The result, the error and the random numbers are those of the plain lines."""
+
+    def ended(block):
+        torch.manual_seed(1)
+        try:
+            return block(torch.ones(1, 3, 8)), torch.get_rng_state()
+        except TypeError as error:
+            return str(error), torch.get_rng_state()
+
+    block = Block(drop=0.25).train()
+    plain = copy.deepcopy(block)
+    if when == "before":
+        change(block)
+    patch(block)
+    if when == "after":
+        change(block)
+    change(plain)
+    (expected, state), (ours, our_state) = ended(plain), ended(block)
+    assert torch.equal(our_state, state)
+    assert ours == expected if isinstance(expected, str) else ours.dtype == expected.dtype
+    if not isinstance(expected, str):
+        torch.testing.assert_close(ours, expected)
 
 
 class TestCheckpoints:

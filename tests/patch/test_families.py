@@ -150,6 +150,52 @@ def test_compiled_without_a_break(plain, model, family, fresh_dynamo):
     assert report.counts() == {}
 
 
+class Returns(torch.nn.Module):
+    """An attention that returns another number of values; one value on its own where that is 0."""
+
+    def __init__(self, attention, count):
+        super().__init__()
+        self.attention, self.count = attention, count
+
+    def forward(self, *args, **kwargs):
+        values = self.attention(*args, **kwargs)
+        values = values if isinstance(values, tuple) else (values,)
+        return (values * 4)[: self.count] if self.count else values[0]
+
+
+def unpacks(family):
+    return bool({"dinov2", "dinov3", "beit", "swin", "sd3", "flux"} & set(family.replaced))
+
+
+@pytest.mark.parametrize("count", range(5))
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if unpacks(family)])
+def test_what_an_attention_returns_is_unpacked_as_in_the_plain_lines(name, count):
+    """Also where that is an error."""
+
+    def ended(model):
+        torch.manual_seed(3)
+        try:
+            with torch.no_grad():
+                return None, model(**inputs)
+        except (TypeError, ValueError, IndexError, RuntimeError, NameError) as error:
+            return type(error), None
+
+    family = FAMILIES[name]
+    plain, inputs = family.make().eval(), family.inputs()
+    blocks = [path for path, _ in safe_inplace.explain(plain).replaced]
+    for block in map(plain.get_submodule, blocks):
+        for attention in ("attention", "attn"):
+            if hasattr(block, attention):
+                setattr(block, attention, Returns(getattr(block, attention), count))
+    model = copy.deepcopy(plain)
+    assert len(safe_inplace.patch(model).replaced) == len(blocks)
+    (error, expected), (ours_error, ours) = ended(plain), ended(model)
+    assert ours_error is error
+    if error is None:
+        expected, ours = (values if isinstance(values, tuple) else tuple(values.values()) for values in (expected, ours))
+        torch.testing.assert_close(ours, expected)
+
+
 def seen(model, path, inputs):
     """What a hook on a submodule keeps, and what that was when the hook ran."""
     kept = []

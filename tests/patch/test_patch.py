@@ -6,7 +6,9 @@ import gc
 import inspect
 import io
 import pickle
+import sys
 import threading
+import typing
 import weakref
 
 import pytest
@@ -167,6 +169,19 @@ def through_torch_save(model):
     return torch.load(file, weights_only=False)
 
 
+class Reduced(Block):
+    def __reduce__(self):
+        return self.__class__, (8,), self.__dict__
+
+
+class WithArguments(Block):
+    def __new__(cls, dim):
+        return super().__new__(cls)
+
+    def __getnewargs__(self):
+        return (8,)
+
+
 class TestCopies:
     @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_the_oldest_pickle, through_torch_save])
     def test_a_copy_is_patched_and_runs_with_its_own_parameters(self, model, x, copied):
@@ -202,6 +217,16 @@ class TestCopies:
         monkeypatch.setattr(Block, "__init_subclass__", classmethod(lambda cls: None))
         loaded = pickle.loads(data)
         assert type(loaded[0]) is Block
+
+    @pytest.mark.parametrize("kind", ["reduce", "arguments"])
+    def test_a_pickle_in_a_way_of_the_class(self, kind):
+        block = {"reduce": Reduced, "arguments": WithArguments}[kind](8)
+        x = torch.randn(2, 8)
+        expected = block(x)
+        patch(block, strict=True)
+        again = pickle.loads(pickle.dumps(block))
+        assert type(again) is (Reduced if kind == "reduce" else type(block))
+        torch.testing.assert_close(again(x), expected)
 
     def test_state_dict(self, model):
         before = model.state_dict()
@@ -457,6 +482,16 @@ def test_signature_and_documentation_are_those_of_the_forward(model):
     assert inspect.signature(model[0].forward) == signature
 
 
+def test_annotations_are_those_of_the_forward():
+    from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
+    from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
+
+    layer = Dinov2Layer(Dinov2Config(hidden_size=8, num_attention_heads=2))
+    expected = typing.get_type_hints(layer.forward)
+    patch(layer, strict=True)
+    assert typing.get_type_hints(layer.forward) == expected != {}
+
+
 def test_draws_are_those_of_the_model(x):
     model = blocks.model(drop=0.5)
     torch.manual_seed(1)
@@ -490,6 +525,46 @@ def test_threads(model, x):
         thread.join()
     assert all(torch.equal(result, results[0]) for result in results) and len(results) == 4
     assert report.counts()["forward.replaced"] > 0
+
+
+def test_threads_that_patch_the_same_model():
+    model = nn.Sequential(*(Block() for _ in range(20)))
+    x, failed = torch.randn(3, 8), []
+
+    def infer():
+        try:
+            for _ in range(30):
+                with patched(model), torch.no_grad():
+                    model(x)
+        except Exception as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=infer) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert failed == [] and {type(block) for block in model} == {Block}
+
+
+def test_what_was_compiled_for_a_patched_block_serves_the_next_time(x, fresh_dynamo):
+    block, compilations = Block(), []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    for _ in range(3):
+        with patched(block, strict=True):
+            compiled(x)
+        gc.collect()
+    assert len(compilations) == 1
 
 
 def test_under_a_tracer_the_plain_formula_runs(model, x):

@@ -153,6 +153,38 @@ class TestForwards:
         assert reason.startswith("its class does something of its own with each subclass (")
 
 
+def test_a_metaclass_of_its_own():
+    """It may keep a list of the classes there are, which explain() must not make longer."""
+
+    class Registers(type(nn.Module)):
+        known = []  # noqa: RUF012
+
+        def __new__(mcs, name, bases, namespace, **kwargs):
+            made = super().__new__(mcs, name, bases, namespace, **kwargs)
+            if any(one.__name__ == name for one in mcs.known):
+                raise ValueError(f"{name} is registered already")
+            mcs.known.append(made)
+            return made
+
+    class Registered(Block, metaclass=Registers):
+        pass
+
+    report = patch(nn.Sequential(Registered(), Block()))
+    assert report.replaced == [("1", "block-of-the-tests")] and Registers.known == [Registered]
+    assert report.refused == [("0", f"its class is made by a metaclass of its own ({Registers.__qualname__})")]
+
+
+def test_a_forward_that_is_closed_over_something(monkeypatch):
+    """What it calls is not what its module has under that name."""
+    inside = "def make(activation):\n" + "".join(f"    {line}\n" for line in SOURCE[SOURCE.index("class Block") :].splitlines())
+    source = SOURCE[: SOURCE.index("class Block")] + inside[: inside.index("    @rule(")] + "    return Block\n\n@rule("
+    block = library(source, monkeypatch).make(torch.relu)()
+    expected = block(torch.ones(2, 8))
+    report = patch(block)
+    assert report.replaced == [] and report.refused == [("", "it has a forward that is closed over activation")]
+    assert torch.equal(block(torch.ones(2, 8)), expected)
+
+
 class Scaled(Block):
     def __init__(self):
         super().__init__()

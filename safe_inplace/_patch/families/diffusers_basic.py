@@ -24,7 +24,7 @@ def basic_transformer_block(
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
-    timestep: Tensor | None = None,
+    timestep: Any = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
     class_labels: Tensor | None = None,
     added_cond_kwargs: Any = None,
@@ -44,7 +44,7 @@ def basic_transformer_block(
         normed = self.norm1(hidden_states)
     elif kind == "ada_norm_continuous":
         normed = self.norm1(hidden_states, added_cond_kwargs["pooled_text_emb"])
-    elif kind == "ada_norm_single" and timestep is not None:
+    elif kind == "ada_norm_single":
         table = self.scale_shift_table[None] + timestep.reshape(hidden_states.shape[0], 6, -1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.chunk(6, dim=1)
         normed = forms.modulate(lambda: self.norm1(hidden_states), scale_msa, shift_msa)

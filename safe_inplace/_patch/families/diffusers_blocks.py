@@ -42,19 +42,22 @@ def sd3(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     joint_attention_kwargs = joint_attention_kwargs or {}
-    normed, gate_msa, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1(hidden_states, emb=temb)
+    if self.use_dual_attention:
+        normed, gate_msa, shift_mlp, scale_mlp, gate_mlp, normed2, gate2 = self.norm1(hidden_states, emb=temb)
+    else:
+        normed, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
     context: list[Tensor] = []
     if self.context_pre_only:
         context_normed = self.norm1_context(encoder_hidden_states, temb)
     else:
         context_normed, *context = self.norm1_context(encoder_hidden_states, emb=temb)
-    made = list(
-        self.attn(hidden_states=normed, encoder_hidden_states=context_normed, **joint_attention_kwargs)
+    attended, context_attended = self.attn(
+        hidden_states=normed, encoder_hidden_states=context_normed, **joint_attention_kwargs
     )
-    context_made = [made.pop()]
+    made, context_made = [attended], [context_attended]
+    del attended, context_attended
     hidden_states = forms.gated_residual(hidden_states, made.pop, gate_msa.unsqueeze(1))
     if self.use_dual_attention:
-        normed2, gate2 = dual
         hidden_states = forms.gated_residual(
             hidden_states, lambda: self.attn2(hidden_states=normed2, **joint_attention_kwargs), gate2.unsqueeze(1)
         )
@@ -116,6 +119,8 @@ def flux(
             **(joint_attention_kwargs or {}),
         )
     )[::-1]
+    if len(made) not in (2, 3):
+        raise UnboundLocalError(f"the attention returned {len(made)} values, of which this block takes 2 or 3")
     hidden_states = forms.gated_residual(hidden_states, made.pop, gate_msa.unsqueeze(1))
     hidden_states = forms.gated_residual(
         hidden_states,

@@ -26,6 +26,14 @@ _DINO_INLINES: dict[str, Leaf | tuple[Leaf, ...]] = {
 _OPS = "mul_add, mul_add"
 
 
+def _first_of_two(made: tuple[Tensor, Any]) -> Tensor:
+    """Unpacked as in the plain lines; and nobody else has it then."""
+    first, _ = made
+    popped = [first]
+    del first, made
+    return popped.pop()
+
+
 def _dino(self: Any, hidden_states: Tensor, attended: Callable[[Tensor], Tensor]) -> Tensor:
     middle = residual(
         self, hidden_states, lambda: attended(self.norm1(hidden_states)), "layer_scale1", "drop_path", branch_first=True
@@ -37,7 +45,10 @@ def _dino(self: Any, hidden_states: Tensor, attended: Callable[[Tensor], Tensor]
 
 @rule("d86542f0cac1", name="dinov2", homes=_DINOV2, ops=_OPS, inlines=_DINO_INLINES)
 def dinov2(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    return _dino(self, hidden_states, lambda normed: self.attention(normed, attention_mask=attention_mask, **kwargs)[0])
+    def attended(normed: Tensor) -> Tensor:
+        return _first_of_two(self.attention(normed, attention_mask=attention_mask, **kwargs))
+
+    return _dino(self, hidden_states, attended)
 
 
 # transformers 5.0 to 5.12.
@@ -75,10 +86,20 @@ def dinov3_without_keywords(
 
 
 def _scaled_residuals(
-    self: Any, hidden_states: Tensor, attended: Callable[[], Tensor], fed: Callable[[Tensor], Tensor]
+    self: Any,
+    hidden_states: Tensor,
+    attended: Callable[[], Tensor],
+    fed: Callable[[Tensor], Tensor],
+    scale: Callable[[Any], Any],
 ) -> Tensor:
-    middle = residual(self, hidden_states, attended, "drop_path", gamma=lambda: self.lambda_1, branch_first=True)
-    return residual(self, middle, lambda: fed(middle), "drop_path", gamma=lambda: self.lambda_2, branch_first=True)
+    middle = residual(self, hidden_states, attended, "drop_path", gamma=lambda: scale(self.lambda_1), branch_first=True)
+    return residual(self, middle, lambda: fed(middle), "drop_path", gamma=lambda: scale(self.lambda_2), branch_first=True)
+
+
+def _needed(scale: Any) -> Any:
+    if scale is None:
+        raise TypeError("unsupported operand type(s) for *: 'NoneType' and 'Tensor'")
+    return scale
 
 
 @rule("5bb396067159", name="beit", homes=_BEIT, ops=_OPS, inlines=_BEIT_INLINES)
@@ -97,26 +118,26 @@ def beit(
         attention_mask = bias + attention_mask if attention_mask is not None else bias
 
     def attended() -> Tensor:
-        return self.dropout(
-            self.attention(self.layernorm_before(hidden_states), attention_mask=attention_mask, **kwargs)[0]
-        )
+        normed = self.layernorm_before(hidden_states)
+        return self.dropout(_first_of_two(self.attention(normed, attention_mask=attention_mask, **kwargs)))
 
     def fed(middle: Tensor) -> Tensor:
         return self.dropout(self.mlp(self.layernorm_after(middle)))
 
-    return _scaled_residuals(self, hidden_states, attended, fed)
+    return _scaled_residuals(self, hidden_states, attended, fed, _needed)
 
 
 def _data2vec(self: Any, hidden_states: Tensor, *head_mask: Any, **attention: Any) -> tuple[Tensor, ...]:
-    attended, *rest = self.attention(self.layernorm_before(hidden_states), *head_mask, **attention)
+    outputs = self.attention(self.layernorm_before(hidden_states), *head_mask, **attention)
     # Kept in a list until the residual pops it: then nobody else has it.
-    made = [attended]
-    del attended
+    made, rest = [outputs[0]], outputs[1:]
+    del outputs
 
     def fed(middle: Tensor) -> Tensor:
         return self.output(self.intermediate(self.layernorm_after(middle)))
 
-    return (_scaled_residuals(self, hidden_states, made.pop, fed), *rest)
+    result = _scaled_residuals(self, hidden_states, made.pop, fed, lambda gamma: gamma)
+    return (result,) + rest  # noqa: RUF005 - which takes nothing but a tuple
 
 
 # Data2Vec, and BEiT of transformers 5.0 to 5.6.
