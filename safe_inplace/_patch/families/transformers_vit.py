@@ -118,8 +118,9 @@ def beit(
         attention_mask = bias + attention_mask if attention_mask is not None else bias
 
     def attended() -> Tensor:
-        normed = self.layernorm_before(hidden_states)
-        return self.dropout(_first_of_two(self.attention(normed, attention_mask=attention_mask, **kwargs)))
+        return self.dropout(
+            _first_of_two(self.attention(self.layernorm_before(hidden_states), attention_mask=attention_mask, **kwargs))
+        )
 
     def fed(middle: Tensor) -> Tensor:
         return self.dropout(self.mlp(self.layernorm_after(middle)))
