@@ -27,12 +27,12 @@ def _is_scale(value: Any) -> bool:
 def _scale_obstacle(module: Any) -> str | None:
     if getattr(module, "inplace", False):
         return "writes in place"
-    value = next(getattr(module, name) for name in ("lambda1", "gamma", "scale") if hasattr(module, name))
+    value = next((getattr(module, name) for name in ("lambda1", "gamma", "scale") if hasattr(module, name)), None)
     return None if _is_scale(value) else f"scales by a {type(value).__name__}"
 
 
 def _drop_path_obstacle(module: Any) -> str | None:
-    drop = module.drop_prob
+    drop = getattr(module, "drop_prob", None)
     known = isinstance(drop, Tensor) or (isinstance(drop, (int, float)) and 0 <= drop <= 1)
     return None if known else f"drops with the probability {drop}"
 
