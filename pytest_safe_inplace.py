@@ -72,10 +72,10 @@ class _Guards:
         # What was told of each guard that anything still holds, such as a graph that a fixture of a module keeps.
         self._told: weakref.WeakKeyDictionary[Any, dict[str, dict[str, Any]]] = weakref.WeakKeyDictionary()
         # A warning would be an error, or one too many, in tests that look at these.
-        say.listener = self._said.append
+        self._listened, say.listener = say.listener, self._said.append
 
     def pytest_unconfigure(self) -> None:
-        self._say.listener = None
+        self._say.listener = self._listened
 
     # -- each phase of a test under its guard, whoever runs it
 

@@ -116,7 +116,7 @@ class ProcessGuard:
         global _current
         _install()
         _current = self
-        notices.listener = lambda words: say(lambda _: words)
+        self._listened, notices.listener = notices.listener, lambda words: say(lambda _: words)
         self.record.threads = threading.active_count() - 1
         self.guard.__enter__()
         atexit.register(self._at_exit)
@@ -130,7 +130,7 @@ class ProcessGuard:
         global _current
         self.leave()
         atexit.unregister(self._at_exit)
-        notices.listener = None
+        notices.listener = self._listened
         _current = None
 
     def end(self, status: int) -> int:

@@ -7,6 +7,7 @@ import tomllib
 import pytest
 import torch._dynamo  # noqa: F401 - what pytester finds imported it leaves imported, and this must not be imported twice
 
+from safe_inplace._guard import say
 from tests.guard.test_run import ROOT
 
 pytest_plugins = "pytester"
@@ -245,6 +246,15 @@ def test_late(writes_late):
 """)
     done.assert_outcomes(failed=1, errors=1, passed=1)
     assert done.section.startswith("2 hazards between 2 pairs of lines")
+
+
+def test_who_listened_before_listens_afterwards(suite, monkeypatch):
+    """As the command does that the tests run under."""
+    heard = []
+    monkeypatch.setattr(say, "listener", heard.append)
+    suite("def test_says():\n    with torch.autograd.graph.save_on_cpu():\n        step()\n")
+    say.say_once("these words", "afterwards")
+    assert heard == ["afterwards"]
 
 
 def test_the_marker(suite):
