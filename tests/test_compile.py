@@ -354,11 +354,9 @@ def test_automatic_dynamic_numbers(op):
     try:
         theirs = frames(op.two_step)
     except torch._dynamo.exc.Unsupported:
-        # torch 2.11 does not trace add_ with a number that has become a symbol.
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            frames(op.function)
-    else:
-        assert frames(op.function) <= theirs
+        # torch 2.11 does not trace its add_ with a number that has become a symbol. One graph for the first, one for the others.
+        theirs = 2
+    assert frames(op.function) <= theirs
 
 
 @pytest.mark.parametrize("op", OPS, **op_ids)
