@@ -24,11 +24,14 @@ def _is_scale(value: Any) -> bool:
     return isinstance(value, (Tensor, int, float))
 
 
-def _scale_obstacle(module: Any) -> str | None:
-    if getattr(module, "inplace", False):
-        return "writes in place"
-    value = next((getattr(module, name) for name in ("lambda1", "gamma", "scale") if hasattr(module, name)), None)
-    return None if _is_scale(value) else f"scales by a {type(value).__name__}"
+def _scale_obstacle(attribute: str) -> Callable[[Any], str | None]:
+    def obstacle(module: Any) -> str | None:
+        if getattr(module, "inplace", False):
+            return "writes in place"
+        value = getattr(module, attribute, None)
+        return None if _is_scale(value) else f"scales by a {type(value).__name__}"
+
+    return obstacle
 
 
 def _drop_path_obstacle(module: Any) -> str | None:
@@ -41,7 +44,7 @@ LAYER_SCALE = Leaf(
     ("f637826bd7c7",),
     name="LayerScale of transformers",
     takes=lambda module: {"gamma": module.lambda1},
-    wants=_scale_obstacle,
+    wants=_scale_obstacle("lambda1"),
 )
 DROP_PATH = Leaf(("8d87231de8cf",), name="DropPath of transformers", takes=_drop_path, wants=_drop_path_obstacle)
 OLDER_DROP_PATH = Leaf(
@@ -52,7 +55,10 @@ OLDER_DROP_PATH = Leaf(
     wants=_drop_path_obstacle,
 )
 TIMM_LAYER_SCALE = Leaf(
-    ("f08223a76e8d",), name="LayerScale of timm", takes=lambda module: {"gamma": module.gamma}, wants=_scale_obstacle
+    ("f08223a76e8d",),
+    name="LayerScale of timm",
+    takes=lambda module: {"gamma": module.gamma},
+    wants=_scale_obstacle("gamma"),
 )
 TIMM_DROP_PATH = Leaf(
     ("4ccba6d84ff0",),
@@ -65,7 +71,7 @@ METAFORMER_SCALE = Leaf(
     ("fe9a369bec43",),
     name="Scale of timm's MetaFormer",
     takes=lambda module: {"gamma": module.scale.view(module.shape)},
-    wants=_scale_obstacle,
+    wants=_scale_obstacle("scale"),
 )
 GRN = Leaf(("91ed2bea9f08",), name="GRN of transformers")
 
