@@ -196,6 +196,18 @@ def test_what_an_attention_returns_is_unpacked_as_in_the_plain_lines(name, count
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.skipif("flux" not in FAMILIES, reason="no diffusers")
+def test_a_norm_that_makes_another_number_of_parts_is_the_error_that_it_is():
+    from diffusers.models.normalization import AdaLayerNormZero
+
+    norm = AdaLayerNormZero(8)
+    norm.linear = torch.nn.Linear(8, 4)
+    for change in (lambda norm: norm, lambda norm: safe_inplace.patch(norm, strict=True)):
+        change(norm)
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            norm(torch.ones(1, 4, 8), emb=torch.ones(1, 8))
+
+
 def seen(model, path, inputs):
     """What a hook on a submodule keeps, and what that was when the hook ran."""
     kept = []

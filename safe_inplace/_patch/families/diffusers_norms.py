@@ -36,8 +36,8 @@ def ada_layer_norm_zero(
 ) -> tuple[Tensor, ...]:
     if self.emb is not None:
         emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
-    shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
-    return (forms.modulate(lambda: self.norm(x), scale[:, None], shift[:, None]), *rest)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(6, dim=1)
+    return forms.modulate(lambda: self.norm(x), scale[:, None], shift[:, None]), gate, shift_mlp, scale_mlp, gate_mlp
 
 
 @rule("7234c6899676", name="ada-layer-norm-zero-single", homes=f"{_HOME}.AdaLayerNormZeroSingle", ops="mul_add")
