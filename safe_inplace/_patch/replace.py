@@ -7,6 +7,7 @@ forward with its own parameters. Other instances of the class, and the class, do
 from __future__ import annotations
 
 import copyreg
+import functools
 import inspect
 import threading
 import types
@@ -178,10 +179,7 @@ def _with_cells(function: types.FunctionType, changed: Callable[[types.CellType]
         tuple(map(changed, function.__closure__ or ())),
     )
     again.__kwdefaults__ = function.__kwdefaults__
-    again.__dict__.update(function.__dict__)
-    again.__module__, again.__qualname__, again.__doc__ = function.__module__, function.__qualname__, function.__doc__
-    again.__annotations__ = function.__annotations__
-    return again
+    return _described_as(again, function)
 
 
 def _holds(cell: types.CellType, value: Any) -> bool:
@@ -207,10 +205,14 @@ def _make_forward(_patch: Patch) -> Forward:
 def _in_place_of(original: Forward, function: Any, around: Forward) -> Forward:
     # In the library's module, where TorchScript looks for the names in the source that it reads, which is the plain one's.
     made = types.FunctionType(function.__code__, original.__globals__, original.__name__, None, function.__closure__)
-    made.__dict__.update(around.__dict__)
-    made.__wrapped__ = around  # type: ignore[attr-defined]
-    made.__module__, made.__qualname__, made.__doc__ = around.__module__, around.__qualname__, around.__doc__
-    made.__annotations__ = around.__annotations__
+    return _described_as(made, around)
+
+
+def _described_as(made: types.FunctionType, function: Any) -> types.FunctionType:
+    functools.update_wrapper(made, function)
+    # From Python 3.14 on that hands on what evaluates the annotations, and not those that somebody has set.
+    if getattr(function, "__annotate__", None) is None:
+        made.__annotations__ = function.__annotations__
     return made
 
 

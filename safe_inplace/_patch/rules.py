@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,13 @@ from .structure import innermost, structure_of
 Forward = Callable[..., Any]
 
 LIBRARIES = ("transformers", "timm", "diffusers")
+
+# From Python 3.14 on asking for annotations evaluates them, and they may name what is not there.
+_AS_WRITTEN: dict[str, Any] = {}
+if sys.version_info >= (3, 14):
+    from annotationlib import Format
+
+    _AS_WRITTEN["annotation_format"] = Format.STRING
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +90,7 @@ class Rule(Known):
 
 
 def _arguments(function: Forward) -> list[inspect.Parameter]:
-    return list(inspect.signature(innermost(function), follow_wrapped=False).parameters.values())
+    return list(inspect.signature(innermost(function), follow_wrapped=False, **_AS_WRITTEN).parameters.values())
 
 
 RULES: list[Rule] = []

@@ -46,12 +46,19 @@ FORWARD = """\
         return x + self.drop_path(self.scale(branch))
 """
 
+# From Python 3.14 on annotations are evaluated when somebody asks for them, without being told to.
+LATER = "" if sys.version_info >= (3, 14) else "from __future__ import annotations\n"
+
 # Of each other version: its source, whether it is a copy that is known, or what the report says.
 VERSIONS = {
     "as it is": (SOURCE, True),
     "a local renamed": (changed(FORWARD, FORWARD.replace("branch", "hidden")), True),
     "annotated and documented": (
         changed(FORWARD, FORWARD.replace("(self, x):", '(self, x: torch.Tensor) -> torch.Tensor:\n        """Adds."""')),
+        True,
+    ),
+    "annotated with what only type checkers know": (
+        LATER + changed(FORWARD, FORWARD.replace("x):", "x: Missing) -> Missing:")),
         True,
     ),
     "a layer scale with another name for its argument": (SOURCE.replace("hidden_state", "y"), True),
