@@ -84,7 +84,9 @@ def _of_a_spec(spec: ModuleSpec) -> Callable[[], None]:
 def _as_main(code: types.CodeType, **names: Any) -> Callable[[], None]:
     """The module stays in sys.modules when the program is through: its threads, atexit functions and pickles look there."""
     main = types.ModuleType("__main__")
-    main.__dict__.update({"__builtins__": builtins, "__annotations__": {}, **names})
+    if sys.version_info < (3, 14):  # later ones make them when somebody asks
+        names["__annotations__"] = {}
+    main.__dict__.update({"__builtins__": builtins, **names})
 
     def run() -> None:
         # By the second name multiprocessing, which torch has imported, pickles what its children know by it.

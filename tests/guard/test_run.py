@@ -159,7 +159,12 @@ def at_once(program, text, *arguments):
     return done.stdout
 
 
-ABOUT = "import sys\nprint([__file__, sys.argv, sys.path[0], __name__, __package__, __spec__ and __spec__.name])\n"
+ABOUT = """
+import sys
+annotated: int = 1
+print([__file__, sys.argv, sys.path[0], __name__, __package__, __spec__ and __spec__.name])
+print(sorted(globals()), sys.modules["__main__"].__annotations__)
+"""
 
 
 @pytest.mark.parametrize("way", ["script", "path", "link", "module", "package", "folder"])
@@ -406,7 +411,7 @@ def test_a_program_that_another_takes_over_is_told_of_before(program):
     found = json.loads((program / "found.json").read_text())
     assert found["status"] is None and found["hazards_seen"] == 2 and found["unguarded"] == {"threads": 0, "processes": 0}
     (program / "second.py").write_text(
-        "import os, sys\nos.execve(sys.executable, argv=['python', '-c', 'print(5)'], env=dict(os.environ))\n"
+        "import os, sys\nos.execve(sys.executable, argv=[sys.executable, '-c', 'print(5)'], env=dict(os.environ))\n"
     )
     assert run(program, "second.py").stdout == "5\n"
     done = run(program, "--on-hazard", "warn", "--json", "found.json", "first.py", "alone")
