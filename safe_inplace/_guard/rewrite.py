@@ -35,10 +35,13 @@ _METHODS: dict[type[ast.operator], str] = {
 _COMPARE = frozenset(["eq", "ne", "gt", "ge", "lt", "le", "logical_and", "logical_or", "logical_xor", "logical_not"])
 # autocast computes them in the dtype of their operands, and neither do they save their result.
 _ARITHMETIC = frozenset(["add", "sub", "mul", "div"])
+_TRIES = (ast.Try, ast.TryStar)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.Module)
 # What runs another time, another place or not as code: an assignment in there binds another name, or is none.
-_APART = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.JoinedStr)
+_APART: tuple[type[ast.AST], ...] = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.JoinedStr)
+if sys.version_info >= (3, 14):
+    _APART += (ast.TemplateStr,)
 _FUNCTIONAL = torch.nn.functional.__file__
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -367,7 +370,7 @@ class _Write:
                 return Rewritten(text_of(ast.Assign([store, *statement.targets], new)))
         code = self.frame.f_code
         local = isinstance(slot, ast.Name) and slot.id not in code.co_cellvars
-        if isinstance(statement, ast.Return) and whole and local and not any(isinstance(n, ast.Try) for n in self.above):
+        if isinstance(statement, ast.Return) and whole and local and not any(isinstance(n, _TRIES) for n in self.above):
             return Rewritten(text_of(ast.Return(new)))
         if not isinstance(slot, ast.Name):
             return Rewritten()

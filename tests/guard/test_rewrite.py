@@ -223,11 +223,20 @@ STATEMENTS = {
     "torch.mul(h.data, 2, out=h.data)": None,
     "torch._foreach_mul_([h], 2)": None,
     "getattr(h, 'mul_')(2)": None,
+    "return h.mul_(10)": "return h.mul(10)",
+    "try:\n    return h.mul_(10)\nfinally:\n    kept.append(h)": "return (h := h.mul(10))",
+    "try:\n    return h.mul_(10)\nexcept* ValueError:\n    kept.append(h)": "return (h := h.mul(10))",
     "(h if True else z).mul_(2)": None,
     "z = h.detach()\nz = z.numpy()\nh.mul_(10)": None,
     "z = plain.numpy()\nplain.mul_(10)": None,
     "plain.mul_(10)": "plain = plain.mul(10)",
 }
+if sys.version_info >= (3, 14):
+    STATEMENTS |= {
+        "z = t'{h.mul_(10).sum()}'": None,
+        "z = t'{h.mul_(10).sum()}{h}'": None,
+        "try:\n    h.mul_(10)\nexcept ValueError, TypeError:\n    pass": "h = h.mul(10)",
+    }
 
 
 def program(statement):
