@@ -37,7 +37,7 @@ export MAX_JOBS
 PYTHONS := $(shell sed -nE 's/^requires-python = "(.*)"$$/\1/p' pyproject.toml)
 SUPPORTED := import re, sys; first, beyond = map(int, re.findall(r"3\.(\d+)", "$(PYTHONS)")); \
 	sys.exit(not (3, first) <= sys.version_info[:2] < (3, beyond))
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(SUPPORTED)' 2>/dev/null && echo "$$p" && break; done)
 
 # The tests, the demo and the benchmarks use the extension built in the source tree.

@@ -94,7 +94,7 @@ def test_a_temporary_is_taken_over(op, place, dtype):
     assert_bit_equal(result, expected)
     assert (result.stride(), result._version, result._base) == (expected.stride(), expected._version, None)
     assert result.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
-    assert sys.getrefcount(result) == 2
+    assert sys.getrefcount(result) == sys.getrefcount(expected)
     assert gc.is_tracked(result)
 
 
@@ -341,7 +341,8 @@ def test_a_temporary_that_lives_on_is_known_to_the_garbage_collector(op, place, 
     (tensor,) = kept
     kept.clear()
     assert_bit_equal(tensor, made.value)
-    assert sys.getrefcount(tensor) == 2
+    alone = torch.zeros(())
+    assert sys.getrefcount(tensor) == sys.getrefcount(alone)
     assert gc.is_tracked(tensor)
     gone = weakref.ref(tensor)
     tensor.itself = tensor
@@ -931,6 +932,30 @@ def call(function):
 
 
 @call
+def a_name_of_the_callers_that_a_callee_has(make):
+    """From Python 3.14 on none of these places but the caller's counts."""
+
+    def callee(given):
+        own = given
+        del given
+        return add(own, 1)
+
+    held = make()
+    return callee(held), held
+
+
+@call
+def a_name_bound_in_the_call(make):
+    return add(held := make(), 1), held
+
+
+@call
+def a_name_that_waits_in_an_outer_call(make):
+    held = make()
+    return tuple(reversed((held, add(held, 1))))
+
+
+@call
 def star(make):
     args = (make(), 1)
     return add(*args), args[0]
@@ -1059,7 +1084,7 @@ def a_special_method(make):
 @call
 def an_index(make):
     class Holds(list):
-        __getitem__ = functools.partial(add, 1.0 * torch.ones(()))
+        __getitem__ = staticmethod(functools.partial(add, 1.0 * torch.ones(())))
 
     held = [make()]
     return Holds()[held[0]], held[0]
@@ -1651,8 +1676,10 @@ def test_no_weak_reference_leads_to_it_while_the_arguments_are_dropped(first):
 
     result = add(looking(x[:1] * 3), held(x * 2)) if first else add(held(x * 2), looking(x[:1] * 3))
     (tensor,) = seen
-    assert (tensor is not None) is first
-    if first:
+    # From Python 3.14 on the last argument is dropped first.
+    still_held = first != (sys.version_info >= (3, 14))
+    assert (tensor is not None) is still_held
+    if still_held:
         assert_bit_equal(tensor, x * 2)
     assert_bit_equal(result, x[:1] * 3 + x * 2)
 

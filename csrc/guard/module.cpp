@@ -13,6 +13,7 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "frames.h"
 #include "guard/dispatch_key.h"
 #include "guard/ledger.h"
 #include "guard/operators.h"
@@ -183,6 +184,11 @@ PyObject* holders(PyObject*, PyObject* argument) {
   END_HANDLE_TH_ERRORS
 }
 
+// How many references to the tensor the running frames borrow, which its count leaves out.
+PyObject* borrowed(PyObject*, PyObject* argument) {
+  return PyLong_FromSsize_t(borrowed_references(argument));
+}
+
 PyMethodDef functions[] = {
     {"guard_enter", enter, METH_O, nullptr},
     {"guard_exit", exit, METH_VARARGS, nullptr},
@@ -192,6 +198,7 @@ PyMethodDef functions[] = {
     {"guard_unpack", unpack, METH_O, nullptr},
     {"guard_arguments", arguments, METH_NOARGS, nullptr},
     {"guard_holders", holders, METH_O, nullptr},
+    {"guard_borrowed", borrowed, METH_O, nullptr},
     {"guard_whose_code", whose_code, METH_VARARGS, nullptr},
     {"guard_parameter_type", parameter_type, METH_O, nullptr},
     {"guard_resized", resized, METH_O, nullptr},

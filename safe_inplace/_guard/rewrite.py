@@ -109,7 +109,7 @@ class _Write:
 
     def may_rebind(self, slot: ast.expr, held: int, views: int = 0) -> bool:
         """The tensor that `slot` names is known by that name alone. `held` references lie on the stacks of the running calls,
-        `views` of it were made for this write."""
+        which from Python 3.14 on borrow some of them; `views` of it were made for this write."""
         if not self._is_a_place_of_its_own(slot):
             return False
         kept = [self.value(slot)]
@@ -127,7 +127,8 @@ class _Write:
         copied = isinstance(slot, ast.Name) and not self.at_module_level
         # The slot and its copy, the stacks, `kept` and this call.
         expected = 1 + copied + held + 2 + (HANDLE if kept[0]._use_count() > 1 else 0)  # type: ignore[attr-defined]
-        return sys.getrefcount(kept[0]) == expected and self._is_fresh(slot)
+        borrowed = _C.guard_borrowed(kept[0])
+        return borrowed >= 0 and sys.getrefcount(kept[0]) + borrowed == expected and self._is_fresh(slot)
 
     def _is_a_place_of_its_own(self, slot: ast.expr) -> bool:
         code = self.frame.f_code

@@ -176,7 +176,8 @@ PROCESSES = {
         class Steps(torch.utils.data.Dataset):
             def __len__(self): return 1
             def __getitem__(self, index): return torch.tensor(step())
-        print(list(torch.utils.data.DataLoader(Steps(), num_workers=1)))
+        if __name__ == "__main__":
+            print(list(torch.utils.data.DataLoader(Steps(), num_workers=1)))
     """,
 }
 

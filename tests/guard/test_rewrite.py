@@ -178,6 +178,7 @@ STATEMENTS = {
     "z = types.SimpleNamespace(h=h)\nh.mul_(10)": None,
     "for z in [h]:\n    z -= WIDER": None,
     "halve(h)": None,
+    "halve_by_another_name(h)": None,
     "for _ in range(2):\n    h.mul_(10)\n    kept.append(h)": None,
     "for _ in range(2):\n    h.mul_(10)\n    z = h + 1": "h = h.mul(10)",
     "for _ in range(2):\n    h = x * 2\n    z = h * h\n    h.mul_(10)\n    kept.append(h)": "h = h.mul(10)",
@@ -265,6 +266,12 @@ def program(statement):
 
 def halve(t):
     t.mul_(0.5)
+
+
+def halve_by_another_name(t):
+    own = t
+    del t
+    own.mul_(0.5)
 
 
 def outcome(code, mode):
