@@ -92,7 +92,7 @@ class TestPython:
 
     def test_a_stub_on_path_is_not_one(self, tmp_path, monkeypatch):
         """Managers of versions put a python3.x on PATH that only says that there is none."""
-        others = [version for version in ("3.11", "3.12", "3.13", "3.14") if version != PYTHON]
+        others = sorted({*TESTED.values()} - {PYTHON})
         for version in others:
             stub = tmp_path / f"python{version}"
             stub.write_text("#!/bin/sh\necho 'there is none' >&2\nexit 127\n")
