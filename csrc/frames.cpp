@@ -7,6 +7,9 @@ extern "C" {
 #else
 #include <internal/pycore_frame.h>
 #endif
+#if PY_VERSION_HEX >= 0x030C0000
+#include <internal/pycore_instruments.h>
+#endif
 }
 #undef Py_BUILD_CORE
 
@@ -66,8 +69,7 @@ PyCodeObject* code_of(const _PyInterpreterFrame* frame) {
 #endif
 }
 
-// Of the instruction that runs: how many arguments a call takes off the stack. None where a tool monitors it: that is shown the
-// first of them after the call.
+// Of the instruction that runs: how many arguments a call takes off the stack. None where another stands in its place.
 int arguments_of(const _PyInterpreterFrame* frame) {
 #if PY_VERSION_HEX >= 0x030D0000
   const _Py_CODEUNIT instruction = *frame->instr_ptr;
@@ -81,18 +83,25 @@ int arguments_of(const _PyInterpreterFrame* frame) {
 #endif
 }
 
+// Whether a tool hears of the calls in this code. It is shown their first argument after the call, too, also where it has just
+// switched off the instruction that tells it.
+bool calls_are_monitored(const PyCodeObject* code) {
+#if PY_VERSION_HEX >= 0x030C0000
+  return code->_co_monitoring != nullptr && code->_co_monitoring->active_monitors.tools[PY_MONITORING_EVENT_CALL] != 0;
+#else
+  return false;
+#endif
+}
+
+// The code of a frame that makes a call with so many arguments, of which no tool hears.
+const PyCodeObject* calling(const _PyInterpreterFrame* frame, Py_ssize_t given) {
+  const PyCodeObject* const code = frame != nullptr ? code_of(frame) : nullptr;
+  return code != nullptr && given == arguments_of(frame) && !calls_are_monitored(code) ? code : nullptr;
+}
+
 bool is(PyObject* callable, PyCFunction function) {
   return callable != nullptr && PyCFunction_CheckExact(callable) && PyCFunction_GET_FUNCTION(callable) == function;
 }
-
-#if PY_VERSION_HEX < 0x030E0000
-// Below its arguments a call has pushed what it calls, and a null pointer where the receiver of a method would be.
-#if PY_VERSION_HEX >= 0x030D0000
-constexpr int kCallable = -2, kNoReceiver = -1;
-#else
-constexpr int kCallable = -1, kNoReceiver = -2;
-#endif
-#endif
 
 } // namespace
 
@@ -103,8 +112,9 @@ constexpr int kCallable = -1, kNoReceiver = -2;
 // there themselves.
 bool goes_with_a_plain_call(PyObject* value, PyObject* const* args, Py_ssize_t given, PyCFunction function) {
   const _PyInterpreterFrame* const frame = running_frame();
-  const PyCodeObject* const code = frame != nullptr ? code_of(frame) : nullptr;
-  if (code == nullptr || frame->stackpointer == nullptr || given != arguments_of(frame)) {
+  const PyCodeObject* const code = calling(frame, given);
+  // A generator shows its stack to the garbage collector, and so to anybody, while the call runs and while its arguments are dropped.
+  if (code == nullptr || frame->stackpointer == nullptr || frame->owner == FRAME_OWNED_BY_GENERATOR) {
     return false;
   }
   const _PyStackRef* const stack = frame->localsplus + code->co_nlocalsplus;
@@ -142,14 +152,20 @@ Py_ssize_t borrowed_references(PyObject* object) {
 // below it, where an outer call of the same function may have pushed what it calls: then they are not as many as the instruction has.
 bool goes_with_a_plain_call(PyObject*, PyObject* const* args, Py_ssize_t given, PyCFunction function) {
   _PyInterpreterFrame* const frame = running_frame();
-  const PyCodeObject* const code = frame != nullptr ? code_of(frame) : nullptr;
+  const PyCodeObject* const code = calling(frame, given);
   if (code == nullptr) {
     return false;
   }
   PyObject** const stack = frame->localsplus + code->co_nlocalsplus;
-  if (args < stack + 2 || args >= stack + code->co_stacksize || given != arguments_of(frame)) {
+  if (args < stack + 2 || args >= stack + code->co_stacksize) {
     return false;
   }
+  // Below its arguments a call has pushed what it calls, and a null pointer where the receiver of a method would be.
+#if PY_VERSION_HEX >= 0x030D0000
+  constexpr int kCallable = -2, kNoReceiver = -1;
+#else
+  constexpr int kCallable = -1, kNoReceiver = -2;
+#endif
   return args[kNoReceiver] == nullptr && is(args[kCallable], function);
 }
 

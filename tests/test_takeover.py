@@ -1376,29 +1376,43 @@ def setprofile(make):
 
 if hasattr(sys, "monitoring"):
 
-    @call
-    def monitoring(make):
+    def monitored(function, answer=None):
         """The interpreter shows a call's first argument before the call and after it."""
         held, events = [], sys.monitoring.events
 
         def look(code, offset, function, argument):
             if function is add:
-                held.append((argument.data_ptr(), argument.clone()))
+                held.append(argument.clone())
 
-        def function():
-            return add(make(), 1)
+        def look_before(*call):
+            look(*call)
+            return answer
 
         tool = next(i for i in range(6) if sys.monitoring.get_tool(i) is None)
         sys.monitoring.use_tool_id(tool, "test")
-        sys.monitoring.register_callback(tool, events.CALL, look)
+        sys.monitoring.register_callback(tool, events.CALL, look_before)
         sys.monitoring.register_callback(tool, events.C_RETURN, look)
         sys.monitoring.set_local_events(tool, function.__code__, events.CALL)
+        sys.monitoring.restart_events()
         try:
             result = function()
         finally:
             sys.monitoring.set_local_events(tool, function.__code__, 0)
             sys.monitoring.free_tool_id(tool)
-        return result, held[-1][1]
+        assert len(held) == 2
+        return result, held[-1]
+
+    @call
+    def monitoring(make):
+        return monitored(lambda: add(make(), 1))
+
+    @call
+    def monitoring_that_is_switched_off_before_the_call(make):
+        return monitored(lambda: add(make(), 1), sys.monitoring.DISABLE)
+
+    @call
+    def monitoring_of_names_that_is_switched_off_before_the_call(make):
+        return monitored(lambda: add(input=make(), other=1), sys.monitoring.DISABLE)
 
 
 def keep(held, tensor):
@@ -1682,6 +1696,132 @@ def test_no_weak_reference_leads_to_it_while_the_arguments_are_dropped(first):
     if still_held:
         assert_bit_equal(tensor, x * 2)
     assert_bit_equal(result, x[:1] * 3 + x * 2)
+
+
+class Looks(float):
+    """A number that looks around when it goes."""
+
+    def __new__(cls, look):
+        number = super().__new__(cls, 1)
+        number.look = look
+        return number
+
+    def __del__(self):
+        self.look()
+
+
+def first_of_a_generator(make, look):
+    def generate():
+        yield add(make(), Looks(lambda: look(running)))
+
+    running = generate()
+    return next(running)
+
+
+def first_of_a_generator_expression(make, look):
+    running = (add(make(), Looks(lambda: look(running))) for _ in range(1))
+    return next(running)
+
+
+def first_of_an_asynchronous_generator(make, look):
+    async def generate():
+        yield add(make(), Looks(lambda: look(running)))
+
+    running = generate()
+    return asyncio.run(anext(running))
+
+
+def of_a_coroutine(make, look):
+    async def compute():
+        return add(make(), Looks(lambda: look(running)))
+
+    running = compute()
+
+    async def wait():
+        return await running
+
+    return asyncio.run(wait())
+
+
+def by_name_in_a_generator(make, look):
+    def generate():
+        yield add(input=make(), other=Looks(lambda: look(running)))
+
+    running = generate()
+    return next(running)
+
+
+def the_other_way_round_in_a_generator(make, look):
+    def looking():
+        tensor = torch.ones(())
+        tensor.looks = Looks(lambda: look(running))
+        return tensor
+
+    def generate():
+        yield add(looking(), make())
+
+    running = generate()
+    return next(running)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        first_of_a_generator,
+        first_of_a_generator_expression,
+        first_of_an_asynchronous_generator,
+        of_a_coroutine,
+        by_name_in_a_generator,
+        the_other_way_round_in_a_generator,
+    ],
+)
+def test_what_a_running_generator_shows_while_arguments_are_dropped_stays(run):
+    """Python 3.14 shows its stack during a call, as others do before it."""
+    value, looked = random_tensor(SHAPE, torch.float32), []
+    for _ in range(20):
+        seen = []
+
+        def look(running):
+            looked.append(running)
+            seen.extend(t for t in gc.get_referents(running) if type(t) is torch.Tensor and t.shape == SHAPE)
+
+        result = run(lambda: value * 2, look)
+        for tensor in seen:
+            assert_bit_equal(tensor, value * 2)
+        assert_bit_equal(result, value * 2 + 1)
+    assert len(looked) == 20
+
+
+def test_no_other_thread_finds_it_on_the_stack_of_a_generator():
+    x, stop, times, wrong = torch.ones(LARGE), threading.Event(), 0, []
+
+    def calculate():
+        while True:
+            yield add(marked(x * 2), 1)
+
+    running = calculate()
+
+    def scan():
+        nonlocal times
+        while not stop.is_set():
+            times += 1
+            for tensor in gc.get_referents(running):
+                if hasattr(tensor, "mark"):
+                    wrong.extend(value for value in tensor.unique().tolist() if value != 2)
+
+    scanner = threading.Thread(target=scan)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    scanner.start()
+    try:
+        for _ in range(3000):
+            next(running)
+    finally:
+        stop.set()
+        scanner.join()
+        sys.setswitchinterval(interval)
+    assert wrong == []
+    assert times > 10
 
 
 def test_many_threads():
