@@ -3,6 +3,7 @@
 #include "ownership.h"
 
 #include <ATen/CachedTensorUtils.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/engine.h>
@@ -31,10 +32,11 @@ namespace safe_inplace {
 namespace {
 
 // Its memory is all of an allocation, and torch's own: what torch did not allocate (NumPy, DLPack, another process) is not resizable,
-// and its owner does not count here.
+// and its owner does not count here. Nor is it pinned memory, which a device may still be reading (a copy with non_blocking).
 bool is_own_allocation(const at::Tensor& tensor) {
   const c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
   return tensor.is_non_overlapping_and_dense() && storage->resizable() &&
+         (!tensor.is_cpu() || storage->allocator() == c10::GetCPUAllocator()) &&
          static_cast<size_t>(tensor.numel()) * tensor.element_size() <= storage->nbytes();
 }
 

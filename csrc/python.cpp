@@ -20,6 +20,7 @@
 #include "guard/module.h"
 #include "library.h"
 #include "node.h"
+#include "ownership.h"
 #include "temporaries.h"
 
 namespace safe_inplace {
@@ -336,6 +337,14 @@ struct EntryPoints<OpList<Ops...>> {
       {entry_point<op_index<Ops>, Form::InPlace>, entry_point<op_index<Ops>, Form::OutOfPlace>}...};
 };
 
+// By the object: a tensor given by value would be another handle on it.
+bool may_be_taken_over(const py::handle& object) {
+  if (!THPVariable_Check(object.ptr())) {
+    raise_type_error("may_take_over takes a tensor");
+  }
+  return may_take_over(THPVariable_Unpack(object.ptr()));
+}
+
 // The op of that name, in which of its forms.
 Signature signature_of(const std::string& name) {
   for (const OpInfo& op : infos) {
@@ -389,6 +398,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("reset_counts", reset_counts);
   m.def("set_override_handler", [](py::object handler) { override_handler = handler.release().ptr(); });
   m.def("register_backend", register_backend, py::arg("backend"));
+  m.def("may_take_over", may_be_taken_over, py::arg("tensor"));
   m.def("look_for_temporaries", Temporaries::look, py::arg("enabled"));
   if (!guard::bind(m.ptr())) {
     throw py::error_already_set();

@@ -33,6 +33,7 @@ CONTENTS = {
         "docs/run",
         "docs/trainers",
         "docs/patch",
+        "docs/advise",
         "docs/engines",
         "docs/performance",
         "docs/api",

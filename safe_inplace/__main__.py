@@ -1,5 +1,5 @@
 """python -m safe_inplace env: what was built, for what, and what of it works here. run: a program under guard.
-check-sources: which known blocks the installed libraries have."""
+advise: which of its lines could be in place. check-sources: which known blocks the installed libraries have."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ import sys
 import torch
 
 from . import __version__, _run
+from ._advise import command as _advise
 from ._build import PACKAGE, read_build
 from ._patch import sources
 
@@ -45,12 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
     prog = "safe-inplace" if os.path.basename(sys.argv[0]) == "safe-inplace" else "python -m safe_inplace"
     if arguments[:1] == ["run"]:
         return _run.main(f"{prog} run", arguments[1:])
+    if arguments[:1] == ["advise"]:
+        return _advise.main(f"{prog} advise", arguments[1:])
     parser = argparse.ArgumentParser(prog=prog, description=sys.modules["safe_inplace"].__doc__)
     parser.add_argument("--version", action="version", version=f"safe_inplace {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
     command = commands.add_parser("env", help="say what was built, for what, and what of it works here")
     command.set_defaults(run=env, error=command.error)
     commands.add_parser("run", help="run an unchanged program under guard")
+    commands.add_parser("advise", help="say which lines of an unchanged program could be in place, and what that gains")
     command = commands.add_parser("check-sources", help="say which blocks that patch() knows are in the installed libraries")
     sources.add_arguments(command)
     command.set_defaults(error=command.error)

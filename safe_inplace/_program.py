@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import importlib.util
 import io
 import os
 import pkgutil
 import sys
+import threading
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
+
+Compile = Callable[[bytes, str], types.CodeType]
+
+
+def _plain(text: bytes, filename: str) -> types.CodeType:
+    return compile(text, filename, "exec", dont_inherit=True)
 
 
 class NoProgram(Exception):
@@ -23,28 +31,41 @@ class NoProgram(Exception):
         self.status = status
 
 
-def script(argv: list[str]) -> Callable[[], None]:
-    """A script, or a folder or archive with a __main__.py; what is not a program raises before anything of it has run."""
+def split(arguments: list[str], valued: Collection[str]) -> tuple[list[str], bool, list[str]]:
+    """A command's own options, whether -m names the program, and the program with its arguments, whatever these look like. What
+    follows an option of `valued` is its value."""
+    end = 0
+    while end < len(arguments) and arguments[end].startswith("-") and arguments[end] != "--":
+        if arguments[end].startswith("-m"):
+            name = arguments[end][2:]
+            return arguments[:end], True, [name] * bool(name) + arguments[end + 1 :]
+        end += 1 + (arguments[end] in valued)
+    return arguments[:end], False, arguments[end + (arguments[end : end + 1] == ["--"]) :]
+
+
+def script(argv: list[str], compile: Compile = _plain) -> Callable[[], None]:
+    """A script, or a folder or archive with a __main__.py; what is not a program raises before anything of it has run. `compile`
+    makes code of the text of its file."""
     path = os.path.join(os.getcwd(), argv[0])
     if os.path.isdir(path) or zipfile.is_zipfile(path):
         _begin(argv, path)
         spec = PathFinder.find_spec("__main__", [path])
         if spec is None:
             raise NoProgram(f"can't find '__main__' module in {path!r}", 1)
-        return _of_a_spec(spec)
+        return _of_a_spec(spec, compile)
     try:
         with io.open_code(path) as file:
             text = file.read()  # once: a pipe cannot go back
         code = pkgutil.read_code(io.BytesIO(text))
         if code is None:
-            code = compile(text, path, "exec", dont_inherit=True)
+            code = compile(text, path)
     except OSError as error:
         raise NoProgram(f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2) from None
     _begin(argv, os.path.dirname(os.path.realpath(path)))
     return _as_main(code, __file__=path, __loader__=SourceFileLoader("__main__", path), __cached__=None)
 
 
-def module(argv: list[str]) -> Callable[[], None]:
+def module(argv: list[str], compile: Compile = _plain) -> Callable[[], None]:
     name = argv[0]
     _begin(["-m", *argv[1:]], os.getcwd())
     try:
@@ -58,7 +79,14 @@ def module(argv: list[str]) -> Callable[[], None]:
     if spec is None:
         raise NoProgram(f"No module named {name}", 1)
     sys.argv[0] = spec.origin or name
-    return _of_a_spec(spec)
+    return _of_a_spec(spec, compile)
+
+
+def end() -> None:
+    """What the interpreter does before it ends: it tells pools of threads to end, waits for all that are no daemons, and calls
+    the functions of atexit, of which one waits for processes."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
 
 
 def _begin(argv: list[str], folder: str) -> None:
@@ -67,8 +95,11 @@ def _begin(argv: list[str], folder: str) -> None:
         sys.path[0] = folder
 
 
-def _of_a_spec(spec: ModuleSpec) -> Callable[[], None]:
-    code = getattr(spec.loader, "get_code", lambda _: None)(spec.name)
+def _of_a_spec(spec: ModuleSpec, compile: Compile) -> Callable[[], None]:
+    if compile is not _plain and type(spec.loader) is SourceFileLoader:
+        code: types.CodeType | None = compile(spec.loader.get_data(spec.loader.path), spec.loader.path)
+    else:
+        code = getattr(spec.loader, "get_code", lambda _: None)(spec.name)
     if code is None:
         raise NoProgram(f"No code object available for {spec.name}", 1)
     return _as_main(

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -27,6 +26,7 @@ SCHEMA = 1
 HAZARDS = 86
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_PARTS = tuple(os.path.join(_HERE, part, "") for part in ("_guard", "_advise"))
 _OURS = (__file__, _program.__file__, _process.__file__)
 
 
@@ -52,17 +52,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return command
 
 
-def _split(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
-    """Options of `run`, whether -m names the program, and the program with its arguments, whatever these look like."""
-    end = 0
-    while end < len(arguments) and arguments[end].startswith("-") and arguments[end] != "--":
-        if arguments[end].startswith("-m"):
-            name = arguments[end][2:]
-            return arguments[:end], True, [name] * bool(name) + arguments[end + 1 :]
-        end += 1 + (arguments[end] in ("--on-hazard", "--json"))
-    return arguments[:end], False, arguments[end + (arguments[end : end + 1] == ["--"]) :]
-
-
 def _of_this_rank(path: str) -> str:
     """Ranks write files of their own: found.json becomes found.rank3.json."""
     rank = _process.rank()
@@ -76,7 +65,7 @@ def _of_the_program(trace: TracebackType | None) -> TracebackType | None:
     return trace
 
 
-def _print_exception(error: BaseException) -> None:
+def print_exception(error: BaseException) -> None:
     """As the interpreter prints it for the program alone; the text of a hazard is left to the summary."""
     if sys.excepthook is not sys.__excepthook__:
         sys.excepthook(type(error), error, _of_the_program(error.__traceback__))
@@ -84,7 +73,7 @@ def _print_exception(error: BaseException) -> None:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(("<frozen ", os.path.join(_HERE, "_guard", ""))) and frame.filename not in _OURS
+        if not frame.filename.startswith(("<frozen ", *_PARTS)) and frame.filename not in _OURS
     ]
     if isinstance(error, HazardError) and error.hazard is not None:
         print("Traceback (most recent call last):", file=sys.stderr)
@@ -117,17 +106,15 @@ class _Run(_process.FirstGuard):
                 print(exit.code, file=sys.stderr)
             status = exit.code & 0xFF if isinstance(exit.code, int) else int(exit.code is not None)
         except BaseException as error:
-            _print_exception(error)
+            print_exception(error)
             self._stopped = comes_of_a_hazard(error)
             status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-        # As the interpreter does before it ends: it tells pools of threads to end, waits for all that are no daemons, and calls
-        # the functions of atexit, of which one waits for processes. Guard's own has no part in it.
-        atexit.unregister(self._at_exit)
+        atexit.unregister(self._at_exit)  # guard's own has no part in it
         try:
-            threading._shutdown()  # type: ignore[attr-defined]
+            _program.end()
         except KeyboardInterrupt as error:
-            _print_exception(error)
-        atexit._run_exitfuncs()
+            print_exception(error)
+            atexit._run_exitfuncs()
         self.leave()
         return self.end(status)
 
@@ -181,7 +168,7 @@ class _Run(_process.FirstGuard):
 
 def main(prog: str, arguments: list[str]) -> int:
     command = parser(prog)
-    own, is_module, program = _split(arguments)
+    own, is_module, program = _program.split(arguments, ("--on-hazard", "--json"))
     options = command.parse_args(own)
     if not program:
         command.error("nothing to run: name a script, or a module with -m")
@@ -197,7 +184,7 @@ def main(prog: str, arguments: list[str]) -> int:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.status
     except Exception as error:
-        _print_exception(error)
+        print_exception(error)
         return 1
     outer = _process.current()
     if outer is not None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import safe_inplace
+from safe_inplace import _C
 
 from .checks import assert_bit_equal, assert_close
 from .layouts import KERNEL_DTYPES, random_tensor, short
@@ -73,6 +74,12 @@ def test_backward_on_several_streams(op):
         for actual, right in zip(grads, expected, strict=True):
             torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-2)
         del held
+
+
+def test_pinned_memory_is_not_taken_over():
+    """A copy to the device may still be reading it."""
+    pinned = torch.ones(1024, pin_memory=True)
+    assert not _C.may_take_over(pinned) and _C.may_take_over(torch.ones(1024))
 
 
 def test_a_gradient_read_on_another_stream_is_not_overwritten(op):

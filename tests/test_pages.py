@@ -194,6 +194,10 @@ def test_command(run, command):
         assert done.status == 0, done.output
     elif program == "pip":
         check_installation(words[1:])
+    elif words[1:4] == ["-m", "safe_inplace", "advise"]:
+        done = run(sys.executable, *words[1:])
+        # The program's own status: torch finds the hazard.
+        assert done.status == 1 and "safe_inplace advise: " in done.output, done.output
     elif "safe_inplace" in words or "SAFE_INPLACE_GUARD" in environment:
         # A program of the user's, with one hazard in it.
         done = run(sys.executable, *words[1:], **environment)

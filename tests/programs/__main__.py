@@ -5,12 +5,12 @@ import sys
 
 import torch
 
-from . import expressions, guarded, overwrites
+from . import advised, expressions, guarded, overwrites
 from .backward import check as backward
 from .forward import check as forward
 from .training import check as training
 
-FUZZES = {module.FUZZ.name: module.FUZZ for module in (forward, backward, expressions, overwrites, guarded, training)}
+FUZZES = {module.FUZZ.name: module.FUZZ for module in (forward, backward, expressions, overwrites, guarded, training, advised)}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,102 @@
+"""python -m safe_inplace._advise.child TASK script.py ...: the program in a process of its own, watched or changed."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import resource
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+
+import safe_inplace
+
+from .. import _program
+from .._run import print_exception
+from . import evidence
+from .find import CALLEE, PROBE, Source
+from .forms import Option
+from .loading import Finder
+from .steps import Record, counted
+
+
+def watched(text: bytes, filename: str) -> CodeType:
+    try:
+        return compile(evidence.watch(Source(text, filename)), filename, "exec", dont_inherit=True)
+    except RecursionError:  # of a tree that is deeper than its walkers may go
+        return compile(text, filename, "exec", dont_inherit=True)
+
+
+class Changed:
+    """Compiles files with what was chosen for them."""
+
+    def __init__(self, chosen: dict[str, dict[str, int]]) -> None:
+        self._chosen = chosen
+
+    def __call__(self, text: bytes, filename: str) -> CodeType:
+        source = Source(text, filename)
+        chosen: dict[int, Option] = {
+            int(index): source.sites[int(index)].options[option] for index, option in self._chosen.get(filename, {}).items()
+        }
+        return compile(source.final(chosen) if chosen else text, filename, "exec", dont_inherit=True)
+
+
+def run(task: dict[str, Any], program: list[str]) -> int:
+    pid = os.getpid()
+    record = Record() if task["what"] != "watch" else None
+    compiled: dict[str, Any] = {}
+    if task["what"] == "watch":
+        setattr(builtins, PROBE, evidence.probe)
+        setattr(builtins, CALLEE, evidence.callee)
+        compiled["compile"] = watched
+    elif task["what"] == "changed":
+        compiled["compile"] = Changed(task["chosen"])
+    if compiled:
+        sys.meta_path.insert(0, Finder(compiled["compile"], task["include"]))
+    try:
+        load = (_program.module if task["module"] else _program.script)(program, **compiled)
+    except _program.NoProgram as no_program:
+        print(f"{task['prog']}: {no_program}", file=sys.stderr)
+        return no_program.status
+    error = None
+    with ExitStack() as stack:
+        stack.enter_context(counted(record))
+        if task["guard"]:
+            stack.enter_context(safe_inplace.guard(verify=True))
+        try:
+            load()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+            if not (exit.code is None or isinstance(exit.code, int)):
+                print(exit.code, file=sys.stderr)
+        except BaseException as raised:
+            # The program's own end, whatever it is.
+            print_exception(raised)
+            status, error = 1, f"{type(raised).__qualname__}: {raised}"
+        _program.end()
+    if os.getpid() == pid:
+        found: dict[str, Any] = {"status": status, "error": error}
+        if record is None:
+            found |= evidence.found()
+        else:
+            torch.save({"passes": record.passes, "calls": record.calls}, task["values"])
+            found |= {"ends": record.ends, "peak": _peak()}
+        Path(task["result"]).write_text(json.dumps(found))
+    return status
+
+
+def _peak() -> int:
+    """Bytes: of the device where there is one, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(run(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2:]))

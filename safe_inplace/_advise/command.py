@@ -1,0 +1,126 @@
+"""python -m safe_inplace advise: which lines of an unmodified program could be in place."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _program
+from .advice import Advice, advice_from
+from .check import Check, Run
+from .report import advice_in_words, check_in_words, is_right
+
+# With what it was started with, as multiprocessing does.
+_INTERPRETER = [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
+# Where the check speaks against the changed program.
+REFUTED = 87
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--check] [--diff FILE] [--include PACKAGE] (script.py | -m module) [arguments of the program ...]",
+        description="Run an unchanged program and say which of its sums and products could be in place, or one op for two.",
+        epilog=f"The exit status is the program's own; with --check {REFUTED} where the changed program is not right.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "--check",
+        action="store_true",
+        help="run the program five times more, plain and changed, once of these under guard; compare values, time and memory",
+    )
+    command.add_argument("--diff", metavar="FILE", help="write the changes to FILE, for git apply or patch -p1")
+    command.add_argument(
+        "--include",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="look into this installed package as well; may be repeated",
+    )
+    return command
+
+
+class _Ended(Exception):
+    """A run of the program that left nothing to go by. The status is the program's."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class _Program:
+    """Runs the program in processes of their own."""
+
+    def __init__(self, prog: str, options: argparse.Namespace, is_module: bool, program: list[str], folder: Path) -> None:
+        self._common = {"prog": prog, "include": options.include, "module": is_module}
+        self._program = program
+        self._folder = folder
+        self._runs = 0
+
+    def run(self, what: str, *, quiet: bool, guard: bool = False, chosen: Any = None) -> dict[str, Any]:
+        self._runs += 1
+        names = {name: str(self._folder / f"{self._runs}.{name}") for name in ("task", "result", "values")}
+        task = {**self._common, "what": what, "guard": guard, "chosen": chosen, **names}
+        Path(names["task"]).write_text(json.dumps(task))
+        nowhere = subprocess.DEVNULL if quiet else None
+        done = subprocess.run(
+            [*_INTERPRETER, "-m", "safe_inplace._advise.child", names["task"], *self._program],
+            stdin=nowhere,
+            stdout=nowhere,
+            stderr=subprocess.PIPE if quiet else None,
+            text=True,
+        )
+        if not os.path.exists(names["result"]):
+            raise _Ended(f"the program ended with status {done.returncode} before its end\n{done.stderr or ''}", done.returncode)
+        return json.loads(Path(names["result"]).read_text()) | {"values": names["values"]}
+
+    def record(self, what: str, *, guard: bool = False, chosen: Any = None) -> Run:
+        result = self.run(what, quiet=True, guard=guard, chosen=chosen)
+        return Run(result, torch.load(result["values"], weights_only=True))
+
+    def check(self, advice: Advice) -> Check:
+        chosen = advice.as_task()
+        plain = [self.record("plain")]
+        guarded = self.record("changed", guard=True, chosen=chosen)
+        changed = [self.record("changed", chosen=chosen)]
+        plain.append(self.record("plain"))
+        changed.append(self.record("changed", chosen=chosen))
+        itself = self.record("plain", guard=True).result["error"] if guarded.result["error"] else None
+        return Check(plain, changed, guarded, max(change.eps for change in advice.changes), itself)
+
+
+def main(prog: str, arguments: list[str]) -> int:
+    command = parser(prog)
+    own, is_module, program = _program.split(arguments, ("--diff", "--include"))
+    options = command.parse_args(own)
+    if not program:
+        command.error("nothing to run: name a script, or a module with -m")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return _advise(_Program(prog, options, is_module, program, Path(folder)), options, program[0])
+    except _Ended as ended:
+        print(f"{prog}: {ended}".rstrip(), file=sys.stderr)
+        return ended.status
+
+
+def _advise(program: _Program, options: argparse.Namespace, name: str) -> int:
+    watched = program.run("watch", quiet=False)
+    advice = advice_from(watched)
+    print(f"\n{advice_in_words(name, advice)}", flush=True)
+    if options.diff:
+        Path(options.diff).write_text(advice.diff() if advice.files else "", encoding="utf-8")
+        if advice.files and advice.root() != os.getcwd():
+            print(f"{options.diff} is to be applied in {advice.root()}")
+    if not options.check or not advice.changes or watched["status"]:
+        return watched["status"]
+    check = program.check(advice)
+    print(check_in_words(check))
+    return 0 if is_right(check) else REFUTED

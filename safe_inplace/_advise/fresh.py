@@ -1,0 +1,58 @@
+"""Who always returns a tensor in memory of its own: never an argument, a view of one, or what it keeps."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .. import ops
+
+
+def _named(names: str, *spaces: Any) -> list[Any]:
+    return [getattr(space, name) for space in spaces for name in names.split()]
+
+
+# As functions of torch and as methods of tensors.
+_NAMES = """
+    abs acos add addbmm addcdiv addcmul addmm addmv asin atan baddbmm bmm ceil clamp clamp_max clamp_min clone copysign cos
+    cosh cumprod cumsum div erf erfc exp exp2 expm1 floor frac gather heaviside hypot index_select lerp log log10 log1p log2
+    log_softmax logaddexp logcumsumexp logit logsumexp masked_fill matmul maximum mean minimum mm mul multiply neg negative
+    norm pow prod reciprocal relu remainder round rsqrt scatter scatter_add sigmoid sign sin sinc sinh softmax sqrt square std
+    sub subtract sum tan tanh trunc var where
+"""
+_OF_TORCH = """
+    arange bernoulli cat concat conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d empty empty_like
+    empty_strided full full_like layer_norm linspace group_norm multinomial normal ones ones_like outer rand rand_like randint
+    randint_like randn randn_like randperm rms_norm stack zeros zeros_like
+"""
+_OF_FUNCTIONAL = """
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding gelu glu group_norm layer_norm linear
+    log_softmax logsigmoid normalize rms_norm scaled_dot_product_attention softmax softplus softsign tanhshrink
+"""
+_OF_MODULES = """
+    AdaptiveAvgPool1d AdaptiveAvgPool2d AvgPool1d AvgPool2d AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d Bilinear Conv1d
+    Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d ELU Embedding GELU GLU GroupNorm Hardswish LayerNorm
+    LeakyReLU Linear LogSoftmax MaxPool1d MaxPool2d MaxPool3d Mish RMSNorm ReLU ReLU6 SELU SiLU Sigmoid Softmax Softplus
+    Softsign Tanh
+"""
+_METHODS = frozenset(_NAMES.split())
+_MODULES = frozenset(_named(_OF_MODULES, nn))
+_OURS = _named("add add_mul addcmul mul mul_add", ops)
+# By identity: comparing what a program calls would run its code.
+_FUNCTIONS = frozenset(map(id, [*_named(_NAMES + _OF_TORCH, torch), *_named(_OF_FUNCTIONAL, functional), *_OURS]))
+
+
+def is_fresh(callee: Any) -> bool:
+    if isinstance(callee, nn.Module):
+        if callee._forward_hooks or "forward" in callee.__dict__:
+            return False
+        if type(callee) is nn.Sequential:
+            return len(callee) > 0 and is_fresh(callee[-1])
+        return type(callee) in _MODULES and not getattr(callee, "inplace", False)
+    if isinstance(callee, types.BuiltinMethodType) and isinstance(callee.__self__, torch.Tensor):
+        return type(callee.__self__) in (torch.Tensor, nn.Parameter) and callee.__name__ in _METHODS
+    return id(callee) in _FUNCTIONS

@@ -1,0 +1,126 @@
+"""The steps of a program: its backward passes, or the outermost calls of its modules where it has none."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules import module as modules
+from torch.utils import _pytree
+
+# Of these first steps all values are compared: later ones have gone apart by rounding.
+COMPARED = 2
+
+Named = list[tuple[str, torch.Tensor]]
+
+
+class _Counted:
+    """Attributes, since Dynamo compiles anew what depends on a module's numbers."""
+
+    passes = 0
+    calls = 0
+
+
+def current() -> int:
+    return _Counted.passes or -_Counted.calls
+
+
+def distinct(steps: set[int]) -> int:
+    """How many steps there are among what `current` returned, now that the program is through."""
+    return len({max(step, 0) for step in steps} if _Counted.passes else steps)
+
+
+def are_counted() -> bool:
+    return _Counted.passes > 0 or _Counted.calls > 0
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+class Record:
+    """What a run of the program computed in its first steps, and how long each step took."""
+
+    def __init__(self) -> None:
+        self.passes: list[Named] = []  # what backward began with, and the gradients it left
+        self.calls: list[Named] = []  # what the outermost modules returned
+        self.ends: dict[str, list[float]] = {"passes": [], "calls": []}
+        self._names: dict[int, str] = {}
+
+    def called(self, module: torch.nn.Module, output: Any) -> None:
+        self.ends["calls"].append(time.perf_counter())
+        if len(self.passes) < COMPARED:
+            for name, parameter in module.named_parameters():
+                self._names.setdefault(id(parameter), f"{type(module).__name__}.{name}")
+        if len(self.calls) < COMPARED:
+            tensors = [each for each in _pytree.tree_leaves(output) if isinstance(each, torch.Tensor)]
+            self.calls.append([(f"output {i}", _copy(tensor)) for i, tensor in enumerate(tensors)])
+
+    def passed(self, roots: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
+        self.ends["passes"].append(time.perf_counter())
+        if len(self.passes) < COMPARED:
+            names = [self._names.get(id(leaf), f"a leaf {tuple(leaf.shape)}") for leaf in leaves]
+            gradients = [(name, _copy(leaf.grad)) for name, leaf in zip(names, leaves, strict=True) if leaf.grad is not None]
+            # Leaves of no module: by what backward gave them, since nothing else tells which is which.
+            gradients.sort(key=lambda named: (named[0], named[1].norm().item()))
+            self.passes.append([(f"loss {i}", _copy(root)) for i, root in enumerate(roots)] + gradients)
+
+    def leaves_of(self, roots: list[torch.Tensor]) -> list[torch.Tensor]:
+        if len(self.passes) >= COMPARED:
+            return []
+        seen: set[Any] = set()
+        leaves = []
+        waiting = [root.grad_fn for root in roots]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "torch::autograd::AccumulateGrad":
+                leaves.append(node.variable)  # type: ignore[attr-defined]
+            waiting += [following for following, _ in node.next_functions]
+        return leaves
+
+
+@contextmanager
+def counted(record: Record | None = None) -> Iterator[None]:
+    """Counts the steps of what runs within, and records them."""
+    depth = 0
+    backward = torch.autograd.backward
+
+    def before(module: torch.nn.Module, args: Any) -> None:
+        nonlocal depth
+        if not torch.compiler.is_compiling():
+            depth += 1
+
+    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+        nonlocal depth
+        if torch.compiler.is_compiling():
+            return
+        depth -= 1
+        if depth == 0:
+            _Counted.calls += 1
+            if record is not None:
+                record.called(module, output)
+
+    @functools.wraps(backward)
+    def passing(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        roots = [each for each in _pytree.tree_leaves(tensors) if isinstance(each, torch.Tensor)]
+        leaves = record.leaves_of(roots) if record is not None else []
+        try:
+            backward(tensors, *args, **kwargs)
+        finally:
+            _Counted.passes += 1
+        if record is not None:
+            record.passed(roots, leaves)
+
+    with ExitStack() as stack:
+        stack.callback(modules.register_module_forward_pre_hook(before).remove)
+        stack.callback(modules.register_module_forward_hook(after, always_call=True).remove)
+        stack.callback(setattr, torch.autograd, "backward", backward)
+        torch.autograd.backward = passing  # type: ignore[assignment]
+        yield

@@ -1,0 +1,108 @@
+"""What two runs of a program have in common, and what is said of it."""
+
+import math
+
+import pytest
+import torch
+
+from safe_inplace._advise.check import Check, Run, difference
+from safe_inplace._advise.report import check_in_words, is_right
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def steps(gradient=None, **more):
+    torch.manual_seed(0)
+    own = {"loss": torch.rand(()), "weight": torch.rand(64, 64), "bias": torch.zeros(64), **more}
+    if gradient is not None:
+        own["weight"] = gradient(own["weight"])
+    return [list(own.items())]
+
+
+def made(passes, times=(1.0, 2.0, 3.0), peak=100 << 20, error=None):
+    result = {"ends": {"passes": list(times), "calls": []}, "peak": peak, "error": error}
+    return Run(result, {"passes": passes, "calls": []})
+
+
+@pytest.mark.parametrize(
+    "gradient, right",
+    [
+        (lambda g: g, True),
+        (lambda g: g * (1 + 3 * EPS), True),
+        (lambda g: g + 1e-6, True),
+        (lambda g: g * 1.001, False),
+        (lambda g: torch.cat([g[:1] * 2, g[1:]]), False),
+        (lambda g: g.fill_(math.nan), False),
+        (lambda g: g.double(), False),
+        (lambda g: g[1:], False),
+    ],
+)
+def test_rounding_is_told_from_another_value(gradient, right):
+    assert difference(steps(), steps(gradient), EPS).is_rounding is right
+
+
+def test_what_is_nothing_but_rounding():
+    """A gradient that ought to be zero, beside others."""
+    assert difference(steps(bias=torch.full((64,), 1e-7)), steps(bias=torch.full((64,), -1e-7)), EPS).is_rounding
+    assert not difference(steps(bias=torch.full((64,), 1e-2)), steps(bias=torch.full((64,), -1e-2)), EPS).is_rounding
+
+
+def test_the_coarsest_dtype_counts():
+    one, other = steps(), steps(lambda g: g * 1.01)
+    assert not difference(one, other, EPS).is_rounding
+    assert difference(one, other, torch.finfo(torch.bfloat16).eps).is_rounding
+
+
+def test_values_that_are_not_there():
+    assert not difference(steps(), [], EPS).is_rounding
+    assert not difference(steps(), steps(more=torch.ones(1)), EPS).is_rounding
+
+
+def test_equal_is_equal():
+    nan = steps(bias=torch.full((64,), math.nan))
+    assert difference(nan, nan, EPS).of_norm == 0
+    assert difference(steps(bias=torch.zeros(64)), steps(bias=-torch.zeros(64)), EPS).of_norm == 0
+
+
+def test_what_is_said():
+    plain = [made(steps()), made(steps(), (1.0, 2.2, 3.2))]
+    changed = [made(steps(), (1.0, 1.5, 2.0), peak=90 << 20), made(steps(), (1.0, 1.6, 2.2))]
+    check = Check(plain, changed, made(steps()), EPS)
+    said = check_in_words(check)
+    assert is_right(check)
+    assert "under guard: no hazard" in said and "values: the first 1 step equal bit for bit" in said
+    assert "time of a step: 0.52 of the plain one (by pairs of runs: 0.50, 0.55)" in said
+    assert "memory at the most: 90.0 MiB, plain 100.0 MiB" in said and "no gain" not in said
+
+
+def test_no_gain_is_said():
+    runs = [made(steps()), made(steps())]
+    said = check_in_words(Check(runs, runs, made(steps()), EPS))
+    assert "no gain in time is shown" in said and "no gain in memory is shown" in said
+
+
+def test_a_program_that_does_not_repeat_itself():
+    check = Check([made(steps()), made(steps(lambda g: g * 2))], [made(steps(lambda g: g * 3))] * 2, made(steps()), EPS)
+    assert "does not repeat itself (weight of step 1 differs by 1.0e+00 of its norm); seed it" in check_in_words(check)
+    assert is_right(check)
+
+
+def test_another_value_is_refuted_whichever_run_has_it():
+    plain, wrong = [made(steps())] * 2, made(steps(lambda g: g * 2))
+    for check in (Check(plain, plain, wrong, EPS), Check(plain, [plain[0], wrong], plain[0], EPS)):
+        assert not is_right(check)
+        assert "values: MORE THAN ROUNDING; in the first 1 step weight of step 1 differs most" in check_in_words(check)
+
+
+def test_a_hazard_is_refuted_but_for_the_programs_own():
+    plain, stopped = [made(steps())] * 2, made([], error="HazardError: a write")
+    assert not is_right(Check(plain, plain, stopped, EPS))
+    own = Check(plain, plain, stopped, EPS, "HazardError: a write")
+    assert is_right(own)
+    assert "under guard: HazardError: a write; of the program as it is: HazardError: a write" in check_in_words(own)
+
+
+def test_nothing_to_compare():
+    runs = [made([], times=())] * 2
+    said = check_in_words(Check(runs, runs, made([], times=()), EPS))
+    assert "values: none to compare" in said and "time of a step" not in said

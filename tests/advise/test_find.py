@@ -1,0 +1,259 @@
+"""The sums and products of a source file, and the file with our ops in their place."""
+
+import ast
+import textwrap
+
+import pytest
+
+from safe_inplace._advise.find import Source
+from safe_inplace._advise.flow import Flow, codes_in
+
+# An expression, and the code of all that may stand for it. Each name is read again, but for `x`.
+FOUND = {
+    "x + y": ["add(x, y)", "add_(x, y)", "add(y, x)"],
+    "y + x": ["add(y, x)", "add(x, y)", "add_(x, y)"],
+    "x - y": ["add(x, y, alpha=-1)", "add_(x, y, alpha=-1)"],
+    "x - 2": ["add(x, -2)", "add_(x, -2)"],
+    "x - -2": ["add(x, 2)", "add_(x, 2)"],
+    "y - x": ["add(y, x, alpha=-1)"],
+    "x * y": ["mul(x, y)", "mul_(x, y)", "mul(y, x)"],
+    "2 * x": ["mul(2, x)", "mul(x, 2)", "mul_(x, 2)"],
+    "-2.5 * f(x)": ["mul(-2.5, f(x))", "mul(f(x), -2.5)"],
+    "f(x) * y": ["mul(f(x), y)"],
+    "x * y + z": ["mul_add(x, y, z)", "mul_add_(x, y, z)", "mul_add(y, x, z)"],
+    "y * z + x": ["mul_add(y, z, x)", "mul_add(z, y, x)", "addcmul_(x, y, z)"],
+    "x * f(y) + z": ["mul_add(x, f(y), z)", "mul_add_(x, f(y), z)"],
+    # f would run before the product, and may write to what that reads.
+    "x * y + f(z)": ["add(mul(x, y), f(z))", "mul_(x, y)", "mul(y, x)"],
+    "z + x * y": ["addcmul(z, x, y)", "mul_add(x, y, z)", "mul_add_(x, y, z)"],
+    "f(z) + g(x) * h(y)": ["addcmul(f(z), g(x), h(y))"],
+    "x - y * z": ["addcmul(x, y, z, value=-1)", "addcmul_(x, y, z, value=-1)"],
+    "x * y - 2": ["mul_add(x, y, -2)", "mul_add_(x, y, -2)", "mul_add(y, x, -2)"],
+    "2 * x - -1.5": ["mul_add(2, x, 1.5)", "mul_add(x, 2, 1.5)", "mul_add_(x, 2, 1.5)"],
+    "x * y - z": ["add(mul(x, y), z, alpha=-1)", "mul_(x, y)", "mul(y, x)"],
+    "(x + y) * z": ["add_mul(x, y, z)", "add_mul_(x, y, z)", "add_mul(y, x, z)"],
+    "(x + y) * f(z)": ["mul(add(x, y), f(z))", "add_(x, y)", "add(y, x)"],
+    "z * (x + y)": ["add_mul(x, y, z)", "add_mul_(x, y, z)", "add_mul(y, x, z)"],
+    "f(z) * (x + y)": ["mul(f(z), add(x, y))", "add_(x, y)", "add(y, x)"],
+    "self.g * (x + 1)": ["add_mul(x, 1, self.g)", "add_mul_(x, 1, self.g)", "add_mul(1, x, self.g)"],
+    "x * x": ["mul(x, x)"],
+    "y[0] * x": ["mul(y[0], x)"],
+    "x / y + z": ["add(x / y, z)"],
+    "(x * y + z) * f(y)": ["mul(mul_add(x, y, z), f(y))", "mul_add_(x, y, z)", "mul_add(y, x, z)"],
+}
+
+
+def options_of(expression):
+    text = f"def function(self, y, z):\n    x = f()\n    r = {expression}\n    return r, y, z\n"
+    source = Source(text.encode(), "program.py")
+    codes = []
+    for number, site in enumerate(source.sites):
+        rest = {other.index: other.options[0] for other in source.sites if other is not site}
+        codes += [source.code(site, {site.index: option, **rest}) for option in site.options[number > 0 :]]
+    return [code.replace("safe_inplace.", "") for code in codes]
+
+
+@pytest.mark.parametrize("expression", FOUND)
+def test_options(expression):
+    assert list(dict.fromkeys(options_of(expression))) == FOUND[expression]
+
+
+NOT_FOUND = [
+    "1 + 2 * 3",
+    "'a' + x",
+    "'%s' * x",
+    "f'{x + y}'",
+    "x @ y",
+    "x / y",
+    "(x := y) + z",
+    "(yield x) + y",
+    "[*x] and (x if y else z)",
+    "(x  # kept\n    + y)",
+    "x \\\n    + y",
+]
+
+
+@pytest.mark.parametrize("expression", NOT_FOUND)
+def test_left_alone(expression):
+    assert options_of(expression) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"# coding: latin-1\nr = x + y  # \xe9\n",
+        b"\xef\xbb\xbfr = x + y\n",
+        b"r = x + y\r\n",
+        b"\fr = x + y\n",
+        b"import numpy as safe_inplace\nr = x + y\n",
+        b"safe_inplace = x + y\n",
+        b"def f(x, safe_inplace): return x + safe_inplace\n",
+        b"def safe_inplace(): return x + y\n",
+        b"from safe_inplace import add as safe_inplace\nr = x + y\n",
+        b"def f():\n    import safe_inplace\n    return x + y\n",
+        b"import safe_inplace\nr = x + y\ndel safe_inplace\n",
+        b"try:\n    r = x + y\nexcept KeyError as safe_inplace:\n    pass\n",
+    ],
+)
+def test_files_left_alone(text):
+    source = Source(text, "program.py")
+    assert source.sites == [] and not source.may_be_changed
+
+
+def test_patterns_are_no_expressions():
+    text = b"match x:\n    case 1 + 2j:\n        r = x + y\n"
+    assert [site.position[0] for site in Source(text, "program.py").sites] == [3]
+
+
+def test_the_rest_of_the_text_stays():
+    text = textwrap.dedent(
+        '''
+        """Of é."""
+        from __future__ import annotations
+        # before the imports
+
+        import math
+
+        def function(ü: "a + b", y):
+        \tz = {"é": (ü * 2
+        \t\t+ y)}  # é
+        \treturn z["é"] + (ü
+        \t\t* y), "ü + y"
+        '''
+    ).encode()
+    source = Source(text, "program.py")
+    changed = source.final({site.index: site.options[0] for site in source.sites})
+    expected = (
+        text.replace("(ü * 2\n\t\t+ y)}".encode(), "(safe_inplace.mul_add(ü, 2, y))}".encode())
+        .replace('z["é"] + (ü\n\t\t* y)'.encode(), 'safe_inplace.addcmul(z["é"], ü, y)'.encode())
+        .replace(b"import math", b"import safe_inplace\nimport math")
+    )
+    assert changed == expected
+    ast.parse(changed)
+
+
+def final(text):
+    source = Source(text.encode(), "program.py")
+    return source.final({site.index: site.options[0] for site in source.sites}).decode()
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("r = x + y", "import safe_inplace\nr = safe_inplace.add(x, y)"),
+        ("import safe_inplace\nr = x + y\n", "import safe_inplace\nr = safe_inplace.add(x, y)\n"),
+        ("import os, safe_inplace.nn\nr = x + y\n", "import os, safe_inplace.nn\nr = x + y\n"),
+        ("import safe_inplace as si\nr = x + y", "import safe_inplace\nimport safe_inplace as si\nr = safe_inplace.add(x, y)"),
+        ("r = x + y\nimport safe_inplace", "import safe_inplace\nr = safe_inplace.add(x, y)\nimport safe_inplace"),
+        ("if 1: import safe_inplace\nr = x + y", "import safe_inplace\nif 1: import safe_inplace\nr = safe_inplace.add(x, y)"),
+        ("'doc'\n@f\ndef g(): return x + y", "'doc'\nimport safe_inplace\n@f\ndef g(): return safe_inplace.add(x, y)"),
+        # No line of its own is free for it.
+        ("from __future__ import annotations; r = x + y", None),
+        ("'''doc\nument'''; r = x + y", None),
+        # Tokens that only a parenthesis or a sign tells apart.
+        ("def f(): return(x) * y", "import safe_inplace\ndef f(): return safe_inplace.mul(x, y)"),
+        ("r = 0 if z else-x + y", "import safe_inplace\nr = 0 if z else safe_inplace.add(-x, y)"),
+        ("r = z and(x + y).sum()", "import safe_inplace\nr = z and safe_inplace.add(x, y).sum()"),
+        ("r = (x + y)[0] / (x * y)", "import safe_inplace\nr = safe_inplace.add(x, y)[0] / (safe_inplace.mul(x, y))"),
+        ("r = f(x + y)", "import safe_inplace\nr = f(safe_inplace.add(x, y))"),
+    ],
+)
+def test_the_new_file(before, after):
+    if after is None:
+        assert not Source(before.encode(), "program.py").may_be_changed
+    else:
+        if "nn" in before:
+            after = after.replace("x + y", "safe_inplace.add(x, y)").replace("import os", "import safe_inplace\nimport os")
+        assert final(before) == after
+        ast.parse(after)
+
+
+def test_annotations_stay():
+    text = b"def f(a: x + 1, *b: x + 1, c: x + 1 = x * 2) -> x + 1:\n    d: x + 1\n    e: x + 1 = x * 2\n"
+    assert [site.form.name for site in Source(text, "program.py").sites] == ["a * b", "a * b"]
+
+
+# Functions in which x is read by `x + 1` alone, and those in which more comes.
+DEAD = [
+    "return x + 1",
+    "x = x + 1\nreturn x",
+    "y = x + 1\nx = 2\nreturn x, y",
+    "y = x + 1\ndel x\nreturn y",
+    "for i in range(3):\n    x = x + 1\nreturn x",
+    "while y:\n    x = f()\n    y = x + 1\nreturn y",
+    "if y:\n    z = x + 1\nelse:\n    z = x\nreturn z",
+    "try:\n    y = x + 1\nexcept ValueError:\n    y = 2\nreturn y",
+    "try:\n    return x + 1\nfinally:\n    f()",
+    "try:\n    f()\nfinally:\n    y = x + 1\nreturn y",
+    "with f():\n    y = x + 1\nreturn y",
+    "match y:\n    case 1:\n        return x + 1\n    case _:\n        return x",
+    "yield x + 1\nyield 2",
+    "return [t for t in [x + 1]]",
+    "return x + 1 if y else x",
+    "y, x = x + 1, f()\nreturn x, y",
+    "y = f(z=x + 1)\nreturn y",
+]
+READ = [
+    "y = x + 1\nreturn x, y",
+    "y = x + 1\nreturn f(lambda: x)",
+    "y = x + 1\nx += 1\nreturn x",
+    "y = (x + 1) * x\nreturn y",
+    "for i in range(3):\n    y = x + 1\nreturn y",
+    "while f():\n    if y:\n        x = f()\n    y = x + 1\nreturn y",
+    "y = x + 1\nif y:\n    x = 3\nreturn x",
+    "try:\n    y = x + 1\n    f()\nexcept ValueError:\n    return x\nreturn y",
+    "try:\n    y = x + 1\n    x = f()\nfinally:\n    g(x)\nreturn y",
+    "try:\n    return x + 1\nfinally:\n    f(x)",
+    "try:\n    f()\nfinally:\n    y = x + 1\n    g(x)\nreturn y",
+    "with f():\n    y = x + 1\nreturn x",
+    "y = x + 1\nreturn locals()",
+    "y = x + 1\nreturn eval('x')",
+    "y = x + 1\nimport sys\nreturn sys._getframe().f_locals",
+    "y = x + 1\nreturn [x for _ in y]",
+    "y = x + 1\nreturn [x for x in y], x",
+    "y = x + 1\ndef g():\n    nonlocal x\n    x = 2\nreturn g, y",
+    "y = x + 1\nclass C:\n    z = x\nreturn C",
+    "y = x + 1\nmatch y:\n    case 1 if x:\n        return 2",
+    "y = x + 1\nyield y\nyield x",
+    "try:\n    y = x + 1\n    raise f()\nexcept* ValueError:\n    g(x)\nreturn y",
+    "y = x + 1\nz = y\nwhile z:\n    z = x\nreturn y",
+    "async for t in f():\n    y = x + 1\nreturn y",
+]
+
+
+def is_dead(body):
+    text = f"async def function(x, y=None):\n{textwrap.indent(body, '    ')}\n" if "async" in body else None
+    text = text or f"def function(x, y=None):\n{textwrap.indent(body, '    ')}\n"
+    found = []
+    for code in codes_in(compile(text, "program.py", "exec")):
+        flow = Flow(code)
+        for (line, _, column, end), index in flow.operators():
+            if text.splitlines()[line - 1][column:end] == "x + 1":
+                found.append(flow.is_dead("x", index))
+    return found
+
+
+@pytest.mark.parametrize("body", DEAD)
+def test_dead(body):
+    assert set(is_dead(body)) == {True}
+
+
+@pytest.mark.parametrize("body", READ)
+def test_read_again(body):
+    assert False in is_dead(body)
+
+
+@pytest.mark.parametrize(
+    "text, dead",
+    [
+        ("x = x + 1", True),
+        ("class C:\n    x = x + 1", False),  # it reads the module's x
+        ("y = x + 1", False),
+        ("x = f(x + 1)", False),
+        ("x = y = x + 1", False),
+    ],
+)
+def test_dead_in_a_module(text, dead):
+    flows = map(Flow, codes_in(compile(text, "program.py", "exec")))
+    (found,) = [flow.is_dead("x", at) for flow in flows for _, at in flow.operators()]
+    assert found is dead
