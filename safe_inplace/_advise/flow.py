@@ -124,10 +124,10 @@ class Flow:
         if not self.code.co_flags & _OPTIMIZED:
             found = _OF_A_MODULE.match(each.opname)
             return found[1] if found and each.argval == name else None
-        if each.opcode not in dis.haslocal:
+        kinds: list[str] = _OF_A_FUNCTION.findall(each.opname)
+        if each.opcode not in dis.haslocal or not kinds:  # or one that makes a cell of it
             return None
         names = each.argval if isinstance(each.argval, tuple) else (each.argval,)
-        kinds: list[str] = _OF_A_FUNCTION.findall(each.opname)
         return next((kind for kind, own in zip(kinds, names, strict=True) if own == name), None)
 
     @cached_property
