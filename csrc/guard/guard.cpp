@@ -1,4 +1,3 @@
-// What guard does at a save, and when backward asks for what was saved.
 #include "guard/guard.h"
 
 #include <torch/csrc/autograd/function.h>
@@ -64,7 +63,7 @@ void refuse_stale(SavedValue& value, const Policy& policy) {
 
 } // namespace
 
-void Guard::saves(SavedValue& value) {
+void saves(SavedValue& value) {
   if (const Policy policy(value.policy.get()); policy) {
     judge_own_write(value, policy);
     fingerprint(value, policy);
@@ -74,7 +73,7 @@ void Guard::saves(SavedValue& value) {
   }
 }
 
-at::Tensor Guard::asked_for(SavedValue& value, const at::Tensor&) {
+at::Tensor asked_for(SavedValue& value) {
   const Policy policy(value.policy.get());
   value.unpacked_by = torch::autograd::get_current_node().get();
   const bool by_backward = value.unpacked_by != nullptr; // grad_fn._saved_self is none
@@ -105,11 +104,6 @@ at::Tensor original_of(const SavedValue& value, const at::Tensor& given) {
                     strided(given.unsafeGetTensorImpl()) &&
                     see_the_same(original.unsafeGetTensorImpl(), given.unsafeGetTensorImpl());
   return same ? original : at::Tensor();
-}
-
-Guard& guard() {
-  static auto* guard = new Guard();
-  return *guard;
 }
 
 } // namespace safe_inplace::guard

@@ -1,27 +1,17 @@
-// Guard as one who watches: operators that write, saves, and what backward asks for.
+// What guard does at a save, and when backward asks for what was saved. What it does at a write is in writes.h.
 #pragma once
 
-#include "guard/observer.h"
-#include "guard/running.h"
-#include "guard/writes.h"
+#include <ATen/core/Tensor.h>
+
+#include "guard/saved_value.h"
 
 namespace safe_inplace::guard {
 
-class Guard final : public Observer {
- public:
-  void around(Call& call, c10::function_ref<void()> run) override {
-    if (call.facts.writes) {
-      judge_and_run(call.facts, call.arguments, run);
-    } else {
-      const RunningScope scope(call.facts.name);
-      run();
-    }
-  }
-  void saves(SavedValue& value) override;
-  at::Tensor asked_for(SavedValue& value, const at::Tensor& given) override;
-};
+// Autograd saves a value; with the GIL.
+void saves(SavedValue& value);
 
-Guard& guard();
+// Backward, or somebody who looks at a node, asks for a value: what it is given, which may be something else; with the GIL.
+at::Tensor asked_for(SavedValue& value);
 
 // The tensor that was saved itself, where `given`, which backward was handed, is that still; undefined where it is not.
 at::Tensor original_of(const SavedValue& value, const at::Tensor& given);

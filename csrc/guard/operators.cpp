@@ -119,8 +119,4 @@ void see_common_operators_unboxed() {
              op::_foreach_mul__Scalar, op::_foreach_norm_Scalar, op::_foreach_sqrt, op::_fused_adamw_>();
 }
 
-void see_all_operators_boxed() {
-  registered().clear();
-}
-
 } // namespace safe_inplace::guard

@@ -1,8 +1,6 @@
 // Any operator, boxed; the common ones are in operators.cpp.
 #include "guard/watcher.h"
 
-#include <atomic>
-
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
@@ -10,27 +8,23 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
+#include "guard/arguments.h"
 #include "guard/dispatch_key.h"
 #include "guard/guard.h"
-#include "guard/operators.h"
+#include "guard/operator_facts.h"
 #include "guard/policy.h"
+#include "guard/running.h"
 #include "guard/saved_type.h"
 #include "guard/saving.h"
+#include "guard/writes.h"
 #include "ownership.h"
 
 namespace safe_inplace::guard {
 namespace {
 
-std::atomic<Observer*> beside{nullptr};
-
-Observer* beside_guard() {
-  return beside.load(std::memory_order_acquire);
-}
-
 void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& known = facts_of(op);
-  auto* other = beside_guard();
-  if (!known->writes && other == nullptr) {
+  if (!known->writes) {
     const RunningScope scope(known->name);
     op.redispatchBoxed(below(keys), stack);
     return;
@@ -40,24 +34,10 @@ void watch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::
   for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
     arguments.emplace_back(value);
   }
-  Call call{*facts, arguments};
-  const auto run = [&] { op.redispatchBoxed(below(keys), stack); };
-  if (other == nullptr) {
-    guard().around(call, run);
-    return;
-  }
-  other->around(call, [&] {
-    guard().around(call, run);
-    call.results = stack;
-  });
+  judge_and_run(*facts, arguments, [&] { op.redispatchBoxed(below(keys), stack); });
 }
 
 } // namespace
-
-void watch_beside_guard(Observer* observer) {
-  see_all_operators_boxed();
-  beside.store(observer, std::memory_order_release);
-}
 
 // Without HANDLE_TH_ERRORS, here and in unpack: it would gather warnings, which whatever runs this does as well.
 PyObject* pack(PyObject*, PyObject* argument) {
@@ -66,10 +46,7 @@ PyObject* pack(PyObject*, PyObject* argument) {
     auto object = new_saved_object(Policy::current().get());
     auto& value = *saved(object.get());
     describe(value, THPVariable_Unpack(argument), argument);
-    guard().saves(value);
-    if (auto* other = beside_guard()) {
-      other->saves(value);
-    }
+    saves(value);
     return object.release();
   } catch (const std::exception&) {
     torch::translate_exception_to_python(std::current_exception());
@@ -81,10 +58,7 @@ PyObject* unpack(PyObject*, PyObject* argument) {
   try {
     TORCH_CHECK_TYPE(is_saved_object(argument), "guard_unpack takes what guard_pack returned");
     auto& value = *saved(argument);
-    auto given = guard().asked_for(value, value.value);
-    if (auto* other = beside_guard()) {
-      given = other->asked_for(value, given);
-    }
+    auto given = asked_for(value);
     if (const auto node = torch::autograd::get_current_node(); node != nullptr && !keep_out_of_leaves(given, *node)) {
       given = given.clone();
     }
