@@ -103,6 +103,8 @@ def main(prog: str, arguments: list[str]) -> int:
     options = command.parse_args(own)
     if not program:
         command.error("nothing to run: name a script, or a module with -m")
+    if "torch" in options.include:
+        command.error("--include torch: what watches a program is made of torch")
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _advise(_Program(prog, options, is_module, program, Path(folder)), options, program[0])

@@ -208,7 +208,7 @@ def watch(source: Source) -> ast.Module:
     name = source.filename
     with _lock:
         before = _sources.setdefault(name, source)
-        if before.text != source.text or not source.may_be_changed:
+        if source.left_alone or before.text != source.text:
             _left_alone.add(name)
             return source.tree
         for site in source.sites:

@@ -77,31 +77,37 @@ def position_of(node: ast.expr) -> Position:
     return node.lineno, node.end_lineno or 0, node.col_offset, node.end_col_offset or 0
 
 
-def _match(node: ast.BinOp) -> tuple[Form, list[ast.expr]] | None:
-    left, right = node.left, node.right
-    left_op = left.op if isinstance(left, ast.BinOp) else None
-    right_op = right.op if isinstance(right, ast.BinOp) else None
-    if isinstance(node.op, ast.Add):
-        # What stands behind the first operator is evaluated before it from now on.
-        if isinstance(left, ast.BinOp) and isinstance(left_op, ast.Mult) and _may_move(right):
-            return forms.PRODUCT_PLUS, [left.left, left.right, right]
-        if isinstance(right, ast.BinOp) and isinstance(right_op, ast.Mult):
-            return forms.PLUS_PRODUCT, [left, right.left, right.right]
-        return forms.SUM, [left, right]
-    if isinstance(node.op, ast.Sub):
-        if isinstance(right, ast.BinOp) and isinstance(right_op, ast.Mult):
-            return forms.MINUS_PRODUCT, [left, right.left, right.right]
-        if isinstance(left, ast.BinOp) and isinstance(left_op, ast.Mult) and _is_number(right):
-            return forms.PRODUCT_MINUS_NUMBER, [left.left, left.right, right]
-        return (forms.MINUS_NUMBER if _is_number(right) else forms.DIFFERENCE), [left, right]
-    if isinstance(node.op, ast.Mult):
-        if isinstance(left, ast.BinOp) and isinstance(left_op, ast.Add) and _may_move(right):
-            return forms.SUM_TIMES, [left.left, left.right, right]
-        if isinstance(right, ast.BinOp) and isinstance(right_op, ast.Add):
-            operands = [left, right.left, right.right]
-            return (forms.TIMES_SUM, operands) if all(map(_may_move, operands)) else (forms.PRODUCT, [left, right])
-        return forms.PRODUCT, [left, right]
+def _match(node: ast.AST) -> tuple[Form, list[ast.expr]] | None:
+    """The form of a sum, difference or product, and its operands. Where one op computes it, the operand behind the first
+    operator is evaluated before that."""
+    match node:
+        case ast.BinOp(ast.BinOp(a, ast.Mult(), b), ast.Add(), c) if _may_move(c):
+            return forms.PRODUCT_PLUS, [a, b, c]
+        case ast.BinOp(a, ast.Add(), ast.BinOp(b, ast.Mult(), c)):
+            return forms.PLUS_PRODUCT, [a, b, c]
+        case ast.BinOp(a, ast.Add(), b):
+            return forms.SUM, [a, b]
+        case ast.BinOp(a, ast.Sub(), ast.BinOp(b, ast.Mult(), c)):
+            return forms.MINUS_PRODUCT, [a, b, c]
+        case ast.BinOp(ast.BinOp(a, ast.Mult(), b), ast.Sub(), c) if _is_number(c):
+            return forms.PRODUCT_MINUS_NUMBER, [a, b, c]
+        case ast.BinOp(a, ast.Sub(), b):
+            return (forms.MINUS_NUMBER if _is_number(b) else forms.DIFFERENCE), [a, b]
+        case ast.BinOp(ast.BinOp(a, ast.Add(), b), ast.Mult(), c) if _may_move(c):
+            return forms.SUM_TIMES, [a, b, c]
+        case ast.BinOp(a, ast.Mult(), ast.BinOp(b, ast.Add(), c)) if all(map(_may_move, (a, b, c))):
+            return forms.TIMES_SUM, [a, b, c]
+        case ast.BinOp(a, ast.Mult(), b):
+            return forms.PRODUCT, [a, b]
     return None
+
+
+def _found_in(node: ast.AST) -> tuple[ast.BinOp, Form, list[ast.expr]] | None:
+    """Of texts, or of numbers alone, nothing."""
+    found = _match(node)
+    if not isinstance(node, ast.BinOp) or found is None or any(map(_is_text, found[1])) or all(map(_is_number, found[1])):
+        return None
+    return node, *found
 
 
 def _calls_of(value: ast.expr) -> list[ast.Call] | None:
@@ -129,8 +135,9 @@ class Source:
         for line in text.splitlines(keepends=True):
             self._lines.append(self._lines[-1] + len(line))
         self._flows = [Flow(code) for code in codes_in(compile(self.tree, filename, "exec", dont_inherit=True))]
-        self.may_be_changed = self._is_plain() and not self._binds_our_name() and self._place_of_import() is not None
-        self.sites = list(self._find()) if self.may_be_changed else []
+        may_be_changed = self._is_plain() and not self._binds_our_name() and self._place_of_import() is not None
+        self.sites = list(self._find()) if may_be_changed else []
+        self.left_alone = not may_be_changed and any(map(_found_in, ast.walk(self.tree)))
         self.calls: list[ast.Call] = []
         self._find_writable()
 
@@ -164,18 +171,16 @@ class Source:
             if id(node) in left_out:
                 continue
             inside: Iterable[ast.AST] = ast.iter_child_nodes(node)
-            found = _match(node) if isinstance(node, ast.BinOp) else None
-            if isinstance(node, ast.BinOp) and found is not None and self._is_a_site(node, found[1]):
-                form, operands = found
+            found = _found_in(node)
+            if found is not None and self._keeps_its_text(found[0], found[2]):
+                binary, form, operands = found
                 names = frozenset(i for i, operand in enumerate(operands) if isinstance(operand, ast.Name))
-                yield Site(index, node, form, operands, names=names, in_parentheses=id(node) in enclosed)
+                yield Site(index, binary, form, operands, names=names, in_parentheses=id(binary) in enclosed)
                 index += 1
                 inside = operands
             waiting += reversed(list(inside))
 
-    def _is_a_site(self, node: ast.BinOp, operands: list[ast.expr]) -> bool:
-        if any(map(_is_text, operands)) or all(map(_is_number, operands)):
-            return False
+    def _keeps_its_text(self, node: ast.BinOp, operands: list[ast.expr]) -> bool:
         if any(isinstance(each, (ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Starred)) for each in ast.walk(node)):
             return False
         # Comments, and lines that go on after a backslash, would be lost.

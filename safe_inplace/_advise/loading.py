@@ -14,10 +14,8 @@ from typing import Any
 from .._program import Compile
 
 _INSTALLED = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
-_NEVER = tuple(
-    os.path.join(folder, "")
-    for folder in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), os.path.dirname(os.path.dirname(__file__))}
-)
+_OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+_STDLIB = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib"))
 
 
 class _Loader(SourceFileLoader):
@@ -39,9 +37,12 @@ class Finder(MetaPathFinder):
         self._include = frozenset(include)
 
     def is_meant(self, name: str, path: str) -> bool:
-        if path.startswith(_NEVER):
+        if path.startswith(_OURS):
             return False
-        return name.partition(".")[0] in self._include or not any(part in path for part in _INSTALLED)
+        if name.partition(".")[0] in self._include:
+            return True
+        # In a virtual environment the installed packages lie below the folder that platstdlib names.
+        return not any(part in path for part in _INSTALLED) and not path.startswith(_STDLIB)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         others: list[Any] = sys.meta_path[sys.meta_path.index(self) + 1 :]

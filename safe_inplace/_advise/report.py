@@ -16,6 +16,10 @@ def _count(number: int, of: str) -> str:
     return f"{number} {of}{'' if number == 1 else 's'}"
 
 
+def _path(name: str) -> str:
+    return os.path.relpath(name) if name.startswith(os.path.join(os.getcwd(), "")) else name
+
+
 def _why(file: File, change: Change) -> str:
     site, option = change.site, change.option
     said = []
@@ -32,7 +36,7 @@ def _why(file: File, change: Change) -> str:
 def _of_line(file: File, changes: list[Change]) -> Iterator[str]:
     first = min(change.site.position[0] for change in changes)
     old, new = file.source.lines_of([change.site for change in changes], file.chosen)
-    yield f"  {os.path.relpath(file.source.filename)}:{first} in {changes[0].site.function}"
+    yield f"  {_path(file.source.filename)}:{first} in {changes[0].site.function}"
     yield from (f"    - {line}" for line in old)
     yield from (f"    + {line}" for line in new)
     for change in changes:
@@ -54,7 +58,7 @@ def advice_in_words(program: str, advice: Advice) -> str:
     if advice.against:
         lines.append("left as they are:")
         lines += [f"  {number:4d}  {why}" for why, number in advice.against.most_common()]
-    lines += [f"not looked into, since it cannot be changed safely: {os.path.relpath(name)}" for name in advice.left_alone]
+    lines += [f"not looked into, since it cannot be changed safely: {_path(name)}" for name in advice.left_alone]
     if advice.changes:
         lines.append("This is evidence of one run and no proof: other inputs may take other ways through the code.")
     elif not advice.against:

@@ -222,6 +222,8 @@ def test_what_is_not_looked_into(tmp_path, advise):
     assert "0 changes found, among 0" in told and "not looked into, since it cannot be changed safely: own.py" in told
     told = advise(tmp_path, "--include", "other", "program.py").stdout
     assert "site-packages/other/__init__.py:2 in twice" in told
+    with pytest.raises(SystemExit, match="2"):
+        advise(tmp_path, "--include", "torch", "program.py")
 
 
 def test_a_program_that_is_a_folder(program, advise):

@@ -97,7 +97,13 @@ def test_left_alone(expression):
 )
 def test_files_left_alone(text):
     source = Source(text, "program.py")
-    assert source.sites == [] and not source.may_be_changed
+    assert source.sites == [] and source.left_alone
+
+
+@pytest.mark.parametrize("text", [b"", b"# no\n", b"'doc'\n", b"safe_inplace = 1 + 2\n", b"from __future__ import division\n"])
+def test_where_nothing_is_found_nothing_is_left_alone(text):
+    source = Source(text, "program.py")
+    assert source.sites == [] and not source.left_alone
 
 
 def test_patterns_are_no_expressions():
@@ -160,7 +166,7 @@ def final(text):
 )
 def test_the_new_file(before, after):
     if after is None:
-        assert not Source(before.encode(), "program.py").may_be_changed
+        assert Source(before.encode(), "program.py").left_alone
     else:
         if "nn" in before:
             after = after.replace("x + y", "safe_inplace.add(x, y)").replace("import os", "import safe_inplace\nimport os")
