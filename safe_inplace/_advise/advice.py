@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .evidence import SMALLEST
-from .find import Site, Source
+from .find import Site
 from .forms import Option
+from .source import Source
 
 # Once is no evidence.
 _LEAST_STEPS = 2

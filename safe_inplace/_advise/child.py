@@ -19,9 +19,10 @@ import safe_inplace
 from .. import _program
 from .._run import print_exception
 from . import evidence
-from .find import CALLEE, PROBE, Source
 from .forms import Option
+from .instrument import CALLEE, PROBE
 from .loading import Finder
+from .source import Source
 from .steps import Record, counted
 
 

@@ -18,9 +18,11 @@ import safe_inplace
 
 from .. import _C
 from . import steps
-from .find import Site, Source, instrumented
+from .find import Site
 from .forms import Option
 from .fresh import is_fresh
+from .instrument import instrumented
+from .source import Source
 
 # Nobody would notice what smaller results gain.
 SMALLEST = 64 * 1024

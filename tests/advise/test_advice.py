@@ -6,7 +6,7 @@ import pytest
 
 from safe_inplace._advise.advice import advice_from
 from safe_inplace._advise.evidence import SMALLEST
-from safe_inplace._advise.find import Source
+from safe_inplace._advise.source import Source
 
 
 def seen(file, index=0, **changed):

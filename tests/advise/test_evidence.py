@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 import safe_inplace
 from safe_inplace._advise import evidence, forms
 from safe_inplace._advise.evidence import SMALLEST
-from safe_inplace._advise.find import CALLEE, PROBE, Source
+from safe_inplace._advise.instrument import CALLEE, PROBE
+from safe_inplace._advise.source import Source
 
 from ..checks import Memory
 from ..programs.advised import advice_of

@@ -5,8 +5,8 @@ import textwrap
 
 import pytest
 
-from safe_inplace._advise.find import Source
 from safe_inplace._advise.flow import Flow, codes_in
+from safe_inplace._advise.source import Source
 
 # An expression, and the code of all that may stand for it. Each name is read again, but for `x`.
 FOUND = {

@@ -17,7 +17,8 @@ import torch
 import safe_inplace
 from safe_inplace._advise import evidence
 from safe_inplace._advise.advice import Advice, advice_from
-from safe_inplace._advise.find import CALLEE, PROBE, Source
+from safe_inplace._advise.instrument import CALLEE, PROBE
+from safe_inplace._advise.source import Source
 
 from . import engine
 from .engine import Fuzz, Program, Var, expect
