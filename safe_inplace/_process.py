@@ -57,6 +57,12 @@ def flushed(stream: Any) -> bool:
     return True
 
 
+def reach_children() -> None:
+    """From here on sitecustomize.py in _child runs as each Python process begins that this one starts."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{_CHILD}{os.pathsep}{path}" if path else _CHILD
+
+
 def wants_color(stream: Any) -> bool:
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
@@ -174,8 +180,7 @@ class FirstGuard(ProcessGuard):
     def start(self) -> None:
         os.environ[MODE] = f"{self.guard.on_hazard},verify" if self.guard.verify else self.guard.on_hazard
         os.environ[RECORDS] = self.records
-        path = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = f"{_CHILD}{os.pathsep}{path}" if path else _CHILD
+        reach_children()
         super().start()
 
     def stop(self) -> None:

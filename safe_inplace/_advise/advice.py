@@ -72,8 +72,8 @@ class Advice:
 
     def root(self) -> str:
         """The folder in which the diff applies: this one, if all is in it."""
-        here = os.getcwd()
-        folders = [os.path.dirname(file.source.filename) for file in self.files]
+        here = os.path.realpath(os.getcwd())
+        folders = [os.path.dirname(os.path.abspath(file.source.filename)) for file in self.files]
         common = os.path.commonpath([here, *folders])
         return here if common == here else os.path.commonpath(folders)
 

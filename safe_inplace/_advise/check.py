@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .steps import Named
+from .steps import Named, is_gradient
 
 
 @dataclass(frozen=True)
@@ -29,40 +30,57 @@ class Difference:
 _UNLIKE = Difference(math.inf, math.inf, "what is there at all")
 
 
-def _norm(tensor: torch.Tensor) -> float:
-    return torch.linalg.vector_norm(tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)).item()
+def greatest(found: Iterable[Difference]) -> Difference:
+    return max(found, key=lambda each: (each.of_allowed, each.of_norm), default=Difference())
 
 
-def _kinds(values: Named) -> list[tuple[str, torch.Size, torch.dtype]]:
-    return [(name, value.shape, value.dtype) for name, value in values]
+def _norm(values: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(values[values.isfinite()]).item()
+
+
+def _is_whole(values: torch.Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex())
+
+
+def _widest(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor, eps: float, whole: float, where: str) -> Difference:
+    a, b = _widest(one), _widest(other)
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()) or not torch.allclose(a[~finite], b[~finite], equal_nan=True):
+        return Difference(math.inf, math.inf, where)
+    apart, size = _norm(a - b), _norm(a)
+    if apart == 0:
+        return Difference()
+    of_norm = apart / size if size else math.inf
+    if _is_whole(one):  # a choice among values that are nearly equal may go the other way
+        return Difference(of_norm, 0.0, f"{where} (whole numbers: no verdict)")
+    coarsest = max(eps, torch.finfo(one.dtype).eps)
+    return Difference(of_norm, apart / (math.sqrt(coarsest) * size + coarsest * whole), where)
 
 
 def difference(one: list[Named], other: list[Named], eps: float) -> Difference:
     """What both hold of each step. `eps` is that of the coarsest dtype that the changed lines compute in.
 
-    Rounding is let change a tensor by the root of eps of its own norm, or by a few eps of the norm of all of its step: a gradient
-    that ought to be zero is nothing but rounding.
+    Rounding is let change a tensor by the root of eps of its own norm. What ought to be zero is nothing but rounding: a gradient
+    may differ by a few eps of the norm of all gradients of its step, and anything else by a hundred eps.
     """
-    worst = Difference()
     if len(one) != len(other):
         return _UNLIKE
+    found = []
     for step, (ours, theirs) in enumerate(zip(one, other, strict=True)):
         if _kinds(ours) != _kinds(theirs):
             return _UNLIKE
-        whole = math.hypot(*(_norm(value) for _, value in ours))
+        gradients = 4 * math.hypot(*(_norm(_widest(value)) for name, value in ours if is_gradient(name)))
         for (name, a), (_, b) in zip(ours, theirs, strict=True):
-            if torch.allclose(a, b, rtol=0, atol=0, equal_nan=True):
-                continue
-            coarsest = max(eps, torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0.0)
-            apart, size = _norm(a - b), _norm(a)
-            allowed = math.sqrt(coarsest) * size + 4 * coarsest * whole
-            found = Difference(
-                apart / size if size else math.inf,
-                apart / allowed if allowed and math.isfinite(apart) else math.inf,
-                f"{name} of step {step + 1}",
-            )
-            worst = max(worst, found, key=lambda each: each.of_allowed)
-    return worst
+            found.append(_apart(a, b, eps, gradients if is_gradient(name) else 100.0, f"{name} of step {step + 1}"))
+    return greatest(found)
+
+
+def _kinds(values: Named) -> list[tuple[str, torch.Size, torch.dtype]]:
+    return [(name, value.shape, value.dtype) for name, value in values]
 
 
 @dataclass(frozen=True)
@@ -73,8 +91,7 @@ class Run:
     values: dict[str, list[Named]]
 
     def apart_from(self, other: Run, eps: float) -> Difference:
-        both = (difference(self.values[kind], other.values[kind], eps) for kind in ("calls", "passes"))
-        return max(both, key=lambda found: found.of_allowed)
+        return greatest(difference(self.values[kind], other.values[kind], eps) for kind in ("calls", "passes"))
 
     def step_time(self) -> float | None:
         ends = self.result["ends"]["passes"] or self.result["ends"]["calls"]
@@ -96,11 +113,11 @@ class Check:
         return len(values["passes"]) or len(values["calls"])
 
     def repeats_itself(self) -> Difference:
-        return max((self.plain[0].apart_from(run, self.eps) for run in self.plain[1:]), key=lambda found: found.of_allowed)
+        return greatest(self.plain[0].apart_from(run, self.eps) for run in self.plain[1:])
 
     def differs(self) -> Difference:
         runs = [run for run in (self.guarded, *self.changed) if run.result["error"] is None or run is not self.guarded]
-        return max((self.plain[0].apart_from(run, self.eps) for run in runs), key=lambda found: found.of_allowed)
+        return greatest(self.plain[0].apart_from(run, self.eps) for run in runs)
 
     def times(self) -> list[float]:
         """The time of a step, changed over plain, of each pair of runs."""

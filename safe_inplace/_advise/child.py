@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 import json
 import os
 import resource
@@ -13,14 +14,15 @@ from types import CodeType
 from typing import Any
 
 import torch
+import torch._sources
 
 import safe_inplace
 
-from .. import _program
+from .. import _process, _program
 from .._run import print_exception
-from . import evidence
+from . import watch
 from .forms import Option
-from .instrument import CALLEE, PROBE
+from .instrument import CALLEE, OPERAND, PROBE
 from .loading import Finder
 from .source import Source
 from .steps import Record, counted
@@ -28,9 +30,32 @@ from .steps import Record, counted
 
 def watched(text: bytes, filename: str) -> CodeType:
     try:
-        return compile(evidence.watch(Source(text, filename)), filename, "exec", dont_inherit=True)
+        code = compile(watch.watch(Source(text, filename)), filename, "exec", dont_inherit=True)
     except RecursionError:  # of a tree that is deeper than its walkers may go
-        return compile(text, filename, "exec", dont_inherit=True)
+        code = compile(text, filename, "exec", dont_inherit=True)
+    _ours.append(code)
+    return code
+
+
+_ours: list[CodeType] = []
+
+
+def _see_what_else_runs() -> None:
+    """A program may run a file otherwise than by importing it, and have its source compiled by others."""
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "exec" and isinstance(arguments[0], CodeType) and not any(code is arguments[0] for code in _ours):
+            watch.leave_alone(arguments[0])
+
+    def source_lines(thing: Any) -> tuple[list[str], int]:
+        lines, first = plain(thing)
+        if sys._getframe(1).f_code.co_filename == torch._sources.__file__:  # of torch.jit.script
+            watch.read_as_source(inspect.getsourcefile(thing) or "", first, first + len(lines))
+        return lines, first
+
+    sys.addaudithook(heard)
+    plain = inspect.getsourcelines
+    inspect.getsourcelines = source_lines  # type: ignore[assignment]
 
 
 class Changed:
@@ -41,9 +66,8 @@ class Changed:
 
     def __call__(self, text: bytes, filename: str) -> CodeType:
         source = Source(text, filename)
-        chosen: dict[int, Option] = {
-            int(index): source.sites[int(index)].options[option] for index, option in self._chosen.get(filename, {}).items()
-        }
+        wanted = self._chosen.get(os.path.realpath(filename), {})
+        chosen: dict[int, Option] = {int(index): source.sites[int(index)].options[option] for index, option in wanted.items()}
         return compile(source.final(chosen) if chosen else text, filename, "exec", dont_inherit=True)
 
 
@@ -52,9 +76,12 @@ def run(task: dict[str, Any], program: list[str]) -> int:
     record = Record() if task["what"] != "watch" else None
     compiled: dict[str, Any] = {}
     if task["what"] == "watch":
-        setattr(builtins, PROBE, evidence.probe)
-        setattr(builtins, CALLEE, evidence.callee)
+        for name, function in ((PROBE, watch.probe), (CALLEE, watch.callee), (OPERAND, watch.operand)):
+            setattr(builtins, name, function)
         compiled["compile"] = watched
+        _see_what_else_runs()
+        os.environ["SAFE_INPLACE_ADVISE"] = task["others"]
+        _process.reach_children()
     elif task["what"] == "changed":
         compiled["compile"] = Changed(task["chosen"])
     if compiled:
@@ -84,7 +111,7 @@ def run(task: dict[str, Any], program: list[str]) -> int:
     if os.getpid() == pid:
         found: dict[str, Any] = {"status": status, "error": error}
         if record is None:
-            found |= evidence.found()
+            found |= watch.found(task["others"])
         else:
             torch.save({"passes": record.passes, "calls": record.calls}, task["values"])
             found |= {"ends": record.ends, "peak": _peak()}

@@ -67,7 +67,7 @@ class _Program:
 
     def run(self, what: str, *, quiet: bool, guard: bool = False, chosen: Any = None) -> dict[str, Any]:
         self._runs += 1
-        names = {name: str(self._folder / f"{self._runs}.{name}") for name in ("task", "result", "values")}
+        names = {name: str(self._folder / f"{self._runs}.{name}") for name in ("task", "result", "values", "others")}
         task = {**self._common, "what": what, "guard": guard, "chosen": chosen, **names}
         Path(names["task"]).write_text(json.dumps(task))
         nowhere = subprocess.DEVNULL if quiet else None
@@ -119,7 +119,7 @@ def _advise(program: _Program, options: argparse.Namespace, name: str) -> int:
     print(f"\n{advice_in_words(name, advice)}", flush=True)
     if options.diff:
         Path(options.diff).write_text(advice.diff() if advice.files else "", encoding="utf-8")
-        if advice.files and advice.root() != os.getcwd():
+        if advice.files and advice.root() != os.path.realpath(os.getcwd()):
             print(f"{options.diff} is to be applied in {advice.root()}")
     if not options.check or not advice.changes or watched["status"]:
         return watched["status"]

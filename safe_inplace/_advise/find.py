@@ -45,7 +45,7 @@ class Site:
     operands: list[ast.expr]
     function: str = "<module>"
     names: frozenset[int] = frozenset()  # operands that are variables
-    # Those of them that nobody reads any more, and the calls, by number, that have made what they hold.
+    # Those of them that may be written, and what of the source's `shown`, by number, that depends on.
     writable: dict[int, list[int]] = field(default_factory=dict)
     in_parentheses: bool = False  # that an op in its place has no need of
 

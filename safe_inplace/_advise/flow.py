@@ -18,7 +18,9 @@ _BIND = frozenset(["STORE_NAME", "STORE_GLOBAL", "DELETE_NAME", "DELETE_GLOBAL"]
 _NOTHING = frozenset(["CACHE", "NOP", "NOT_TAKEN"])
 # What shows a function's variables to others.
 _SHOW = frozenset(["locals", "vars", "eval", "exec", "_getframe", "currentframe"])
+_GLOBALS = frozenset(["globals", "exec", "eval", "vars", "locals", "__dict__"])
 _OPTIMIZED = 0x1
+_IMPORT_STAR = 2  # of CALL_INTRINSIC_1
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:
@@ -45,6 +47,15 @@ class Flow:
     def binds(self, name: str) -> int:
         """How often, in a module, a class, or as a global variable."""
         return sum(each.opname in _BIND and each.argval == name for each in self._instructions)
+
+    @cached_property
+    def may_bind_anything(self) -> bool:
+        """Global variables, without naming them."""
+        star = any(
+            each.opname == "IMPORT_STAR" or (each.opname == "CALL_INTRINSIC_1" and each.arg == _IMPORT_STAR)
+            for each in self._instructions
+        )
+        return star or bool(_GLOBALS & {*self.code.co_names})
 
     def operators(self) -> Iterator[tuple[Position, int]]:
         for index, each in enumerate(self._instructions):
@@ -74,39 +85,52 @@ class Flow:
                 waiting += self._after[at]
         return True
 
-    def sources(self, name: str, index: int, kept_through: Collection[Position]) -> list[Position] | None:
-        """The places that have bound the value which the variable has at that instruction; None where it came from elsewhere.
-        What is bound at `kept_through` is what the variable was before: `x += y`."""
+    def sources(self, name: str, index: int, kept_through: Collection[Position]) -> set[Position] | None:
+        """The places that have bound the value which the variable has at that instruction; None where it may come from elsewhere,
+        or is read on some of the ways in between and not on others: who reads it may keep it. What is bound at `kept_through` is
+        what the variable was before: `x += y`."""
         if not self._is_known(name):
             return None
-        found = []
-        seen: set[int] = set()
+        found, passed = self._backward(name, index, kept_through)
+        # In a module a name that may be unbound has come from elsewhere.
+        if None in found or (0 in passed and (self.is_module or name in self._arguments())):
+            return None
+        reads = [at for at in passed if self._access(name, at) == "LOAD"]
+        if any(self._backward(name, index, kept_through, without=at)[0] - {*kept_through} for at in reads):
+            return None
+        return {position for position in found if position is not None}
+
+    def _backward(
+        self, name: str, index: int, kept_through: Collection[Position], without: int = -1
+    ) -> tuple[set[Position | None], set[int]]:
+        """Where the variable was bound, and all instructions from there to `index`, on ways that do not lead over `without`."""
+        found: set[Position | None] = set()
+        passed: set[int] = set()
         waiting = [index]
         while waiting:
             at = waiting.pop()
-            if at in seen:
+            if at in passed or at == without:
                 continue
-            seen.add(at)
             if self._access(name, at) == "STORE":
                 position = self._position(at)
-                if position is None:
-                    return None
-                if position in kept_through:
-                    waiting += self._before[at]
-                else:
-                    found.append(position)
-            elif at == 0 and name in self._arguments():
-                return None
-            else:
-                waiting += self._before[at]
-        return found
+                found.add(position)
+                if position not in kept_through:
+                    continue
+            passed.add(at)
+            waiting += self._before[at]
+        return found, passed
+
+    @property
+    def is_module(self) -> bool:
+        return self.code.co_name == "<module>" and not self.code.co_flags & _OPTIMIZED
 
     def _is_known(self, name: str) -> bool:
         """By nobody but this code."""
         code = self.code
         if code.co_flags & _OPTIMIZED:
             return name in code.co_varnames and name not in code.co_cellvars and not _SHOW & {*code.co_names}
-        return code.co_name == "<module>"  # in a class `x = x + y` reads the module's x
+        # In a class `x = x + y` reads the module's x.
+        return self.is_module and not self.may_bind_anything
 
     def _arguments(self) -> tuple[str, ...]:
         code = self.code

@@ -58,7 +58,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Form:
-    """One operator, or two of which the second takes the result of the first."""
+    """One operator, or two of which the second takes the result of the first. Its name is what it computes."""
 
     name: str
     first: Callable[..., Any] | None  # of the operands
@@ -82,7 +82,7 @@ SUM = Form(
 )
 DIFFERENCE = Form("a - b", None, lambda a, b: a - b, (Option("add", (0, 1), _MINUS), Option("add_", (0, 1), _MINUS)))
 MINUS_NUMBER = Form(
-    "a - b (a number)",
+    "a - b",
     None,
     lambda a, b: a - b,
     (Option("add", (0, 1), negated=1), Option("add_", (0, 1), negated=1)),
@@ -102,7 +102,7 @@ PRODUCT_PLUS = Form(
     moved=(Option("mul_add", (1, 0, 2)), Option("mul_add_", (1, 0, 2)), Option("addcmul_", (2, 0, 1))),
 )
 PRODUCT_MINUS_NUMBER = Form(
-    "a * b - c (a number)",
+    "a * b - c",
     lambda a, b, c: a * b,
     lambda product, a, b, c: product - c,
     (Option("mul_add", (0, 1, 2), negated=2), Option("mul_add_", (0, 1, 2), negated=2)),

@@ -21,7 +21,7 @@ _NAMES = """
     abs acos add addbmm addcdiv addcmul addmm addmv asin atan baddbmm bmm ceil clamp clamp_max clamp_min clone copysign cos
     cosh cumprod cumsum div erf erfc exp exp2 expm1 floor frac gather heaviside hypot index_select lerp log log10 log1p log2
     log_softmax logaddexp logcumsumexp logit logsumexp masked_fill matmul maximum mean minimum mm mul multiply neg negative
-    norm pow prod reciprocal relu remainder round rsqrt scatter scatter_add sigmoid sign sin sinc sinh softmax sqrt square std
+    pow prod reciprocal relu remainder round rsqrt scatter scatter_add sigmoid sign sin sinc sinh softmax sqrt square std
     sub subtract sum tan tanh trunc var where
 """
 _OF_TORCH = """
@@ -31,7 +31,7 @@ _OF_TORCH = """
 """
 _OF_FUNCTIONAL = """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding gelu glu group_norm layer_norm linear
-    log_softmax logsigmoid normalize rms_norm scaled_dot_product_attention softmax softplus softsign tanhshrink
+    log_softmax logsigmoid rms_norm scaled_dot_product_attention softmax softplus softsign tanhshrink
 """
 _OF_MODULES = """
     AdaptiveAvgPool1d AdaptiveAvgPool2d AvgPool1d AvgPool2d AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d Bilinear Conv1d
@@ -40,19 +40,43 @@ _OF_MODULES = """
     Softsign Tanh
 """
 _METHODS = frozenset(_NAMES.split())
-_MODULES = frozenset(_named(_OF_MODULES, nn))
+# What they run when this is imported: somebody may put another forward, or another function, in its place.
+_FORWARDS = {module: module.forward for module in _named(_OF_MODULES, nn)}
+_CALL = nn.Module.__call__
+_OF_F = {name: function for name, function in vars(functional).items() if callable(function)}
 _OURS = _named("add add_mul addcmul mul mul_add", ops)
-# By identity: comparing what a program calls would run its code.
-_FUNCTIONS = frozenset(map(id, [*_named(_NAMES + _OF_TORCH, torch), *_named(_OF_FUNCTIONAL, functional), *_OURS]))
+# By identity: comparing what a program calls would run its code. They are kept, since an identity may come again.
+_KEPT = [*_named(_NAMES + _OF_TORCH, torch), *_named(_OF_FUNCTIONAL, functional), *_OURS]
+_FUNCTIONS = frozenset(map(id, _KEPT))
 
 
 def is_fresh(callee: Any) -> bool:
-    if isinstance(callee, nn.Module):
-        if callee._forward_hooks or "forward" in callee.__dict__:
-            return False
-        if type(callee) is nn.Sequential:
-            return len(callee) > 0 and is_fresh(callee[-1])
-        return type(callee) in _MODULES and not getattr(callee, "inplace", False)
-    if isinstance(callee, types.BuiltinMethodType) and isinstance(callee.__self__, torch.Tensor):
+    """Of its type alone: a program's own objects may answer anything, or raise."""
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        return False
+    kind = type(callee)
+    if kind is nn.Sequential:
+        return _is_plain_module(callee) and len(callee) > 0 and is_fresh(callee[-1])
+    if kind in _FORWARDS:
+        return _is_plain_module(callee) and kind.forward is _FORWARDS[kind] and not callee.__dict__.get("inplace", False)
+    if kind is types.BuiltinMethodType and isinstance(callee.__self__, torch.Tensor):
         return type(callee.__self__) in (torch.Tensor, nn.Parameter) and callee.__name__ in _METHODS
     return id(callee) in _FUNCTIONS
+
+
+def _is_plain_module(module: nn.Module) -> bool:
+    if module._forward_hooks or "forward" in module.__dict__ or type(module).__call__ is not _CALL:
+        return False
+    hooks = global_hooks()
+    return all(id(hook) in own_hooks for hook in hooks) and all(
+        getattr(functional, name, None) is function for name, function in _OF_F.items()
+    )
+
+
+def global_hooks() -> list[Any]:
+    """On all modules."""
+    return list(nn.modules.module._global_forward_hooks.values())
+
+
+# Of this package.
+own_hooks: set[int] = set()

@@ -35,6 +35,7 @@ class Finder(MetaPathFinder):
     def __init__(self, compile: Compile, include: Sequence[str]) -> None:
         self._compile = compile
         self._include = frozenset(include)
+        self._behind: list[Any] = list(sys.meta_path)
 
     def is_meant(self, name: str, path: str) -> bool:
         if path.startswith(_OURS):
@@ -45,7 +46,8 @@ class Finder(MetaPathFinder):
         return not any(part in path for part in _INSTALLED) and not path.startswith(_STDLIB)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        others: list[Any] = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        # Somebody may have put another list, or another finder around this one.
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :] if self in sys.meta_path else self._behind
         spec = next((spec for spec in (finder.find_spec(fullname, path, target) for finder in others) if spec is not None), None)
         if spec is not None and type(spec.loader) is SourceFileLoader and self.is_meant(fullname, spec.origin or ""):
             spec.loader = _Loader(spec.loader.name, spec.loader.path, self._compile)

@@ -17,7 +17,7 @@ def _count(number: int, of: str) -> str:
 
 
 def _path(name: str) -> str:
-    return os.path.relpath(name) if name.startswith(os.path.join(os.getcwd(), "")) else name
+    return os.path.relpath(name) if name.startswith(os.path.join(os.path.realpath(os.getcwd()), "")) else name
 
 
 def _why(file: File, change: Change) -> str:

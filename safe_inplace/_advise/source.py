@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from .find import Site, find_sites, found_in, position_of
 from .flow import Flow, codes_in
 from .forms import Option
-from .writable import Writable
+from .writable import Shown, Writable
 
 _NAME = "safe_inplace"
 _BETWEEN = re.compile(rb"[\s()+*-]*")
@@ -31,13 +31,13 @@ class Source:
         may_be_changed = self._is_plain() and not self._binds_our_name() and self._place_of_import() is not None
         self.sites = list(find_sites(self.tree, self._keeps_its_text)) if may_be_changed else []
         self.left_alone = not may_be_changed and any(map(found_in, ast.walk(self.tree)))
-        self.calls: list[ast.Call] = []  # that make what a site may write
+        self.shown: list[Shown] = []  # what decides whether a site may be written
         writable = Writable(self.tree, self._flows)
         for site in self.sites:
             site.function = writable.function_of(site)
-            for operand, calls in writable.operands_of(site).items():
-                self.calls += [call for call in calls if call not in self.calls]
-                site.writable[operand] = list(map(self.calls.index, calls))
+            for operand, shown in writable.operands_of(site).items():
+                self.shown += [each for each in shown if each not in self.shown]
+                site.writable[operand] = list(map(self.shown.index, shown))
 
     def _is_plain(self) -> bool:
         """The columns that the interpreter counts are the file's own bytes."""

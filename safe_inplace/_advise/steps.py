@@ -12,6 +12,8 @@ import torch
 from torch.nn.modules import module as modules
 from torch.utils import _pytree
 
+from .fresh import own_hooks
+
 # Of these first steps all values are compared: later ones have gone apart by rounding.
 COMPARED = 2
 
@@ -39,7 +41,14 @@ def are_counted() -> bool:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    plain = tensor.detach()
+    if plain.layout != torch.strided:
+        plain = plain.to_dense()
+    return plain.to("cpu", copy=True)
+
+
+def is_gradient(name: str) -> bool:
+    return not name.startswith(("output ", "loss "))
 
 
 class Record:
@@ -63,7 +72,7 @@ class Record:
     def passed(self, roots: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
         self.ends["passes"].append(time.perf_counter())
         if len(self.passes) < COMPARED:
-            names = [self._names.get(id(leaf), f"a leaf {tuple(leaf.shape)}") for leaf in leaves]
+            names = [self._names.get(id(leaf), f"leaf {tuple(leaf.shape)}") for leaf in leaves]
             gradients = [(name, _copy(leaf.grad)) for name, leaf in zip(names, leaves, strict=True) if leaf.grad is not None]
             # Leaves of no module: by what backward gave them, since nothing else tells which is which.
             gradients.sort(key=lambda named: (named[0], named[1].norm().item()))
@@ -121,6 +130,7 @@ def counted(record: Record | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(modules.register_module_forward_pre_hook(before).remove)
         stack.callback(modules.register_module_forward_hook(after, always_call=True).remove)
+        own_hooks.add(id(after))
         stack.callback(setattr, torch.autograd, "backward", backward)
         torch.autograd.backward = passing  # type: ignore[assignment]
         yield

@@ -69,6 +69,24 @@ def _shadowed():
             sys.modules.setdefault("sitecustomize", ours)
 
 
+def _watched(others):
+    # Functions of a program that `advise` watches call these wherever they are sent: they compute, and leave a note.
+    try:
+        import builtins
+    except ImportError:  # Python 2
+        return
+
+    def probe(number, form, *operands):
+        with open(others, "a") as file:
+            file.write(str(number) + "\n")
+        return eval("lambda a, b, c=None: " + form)(*operands)
+
+    builtins._safe_inplace_probe = probe
+    builtins._safe_inplace_callee = builtins._safe_inplace_operand = lambda number, shown: shown
+
+
+if os.environ.get("SAFE_INPLACE_ADVISE"):
+    _watched(os.environ["SAFE_INPLACE_ADVISE"])
 if os.environ.get("SAFE_INPLACE_GUARD"):
     sys.meta_path.insert(0, _Watcher())
 _shadowed()

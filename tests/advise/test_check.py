@@ -13,7 +13,7 @@ EPS = torch.finfo(torch.float32).eps
 
 def steps(gradient=None, **more):
     torch.manual_seed(0)
-    own = {"loss": torch.rand(()), "weight": torch.rand(64, 64), "bias": torch.zeros(64), **more}
+    own = {"loss 0": torch.rand(()), "weight": torch.rand(64, 64), "bias": torch.zeros(64), **more}
     if gradient is not None:
         own["weight"] = gradient(own["weight"])
     return [list(own.items())]
@@ -45,6 +45,27 @@ def test_what_is_nothing_but_rounding():
     """A gradient that ought to be zero, beside others."""
     assert difference(steps(bias=torch.full((64,), 1e-7)), steps(bias=torch.full((64,), -1e-7)), EPS).is_rounding
     assert not difference(steps(bias=torch.full((64,), 1e-2)), steps(bias=torch.full((64,), -1e-2)), EPS).is_rounding
+
+
+@pytest.mark.parametrize("beside", [[1.0, -math.inf], [math.nan, 2.0], [-1e9] * 64, [torch.finfo(torch.float32).min]])
+def test_what_else_is_there_hides_nothing(beside):
+    one, other = steps(**{"output 0": torch.tensor(beside)}), steps(lambda g: g + 100, **{"output 0": torch.tensor(beside)})
+    assert not difference(one, other, EPS).is_rounding
+    changed = dict(one[0]) | {"output 0": -torch.tensor(beside)}
+    assert not difference(one, [list(changed.items())], EPS).is_rounding or math.isnan(beside[0])
+
+
+def test_what_is_not_finite_beside_rounding():
+    one = torch.tensor([1.0, math.inf, -math.inf, math.nan])
+    assert difference(steps(weight=one), steps(weight=one * (1 + 3 * EPS)), EPS).is_rounding
+    assert not difference(steps(weight=one), steps(weight=-one), EPS).is_rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_verdict(dtype):
+    one = torch.tensor([1, 0, 1], dtype=dtype)
+    found = difference(steps(**{"output 0": one}), steps(**{"output 0": torch.zeros_like(one)}), EPS)
+    assert found.of_norm == 1 and found.is_rounding and found.where == "output 0 of step 1 (whole numbers: no verdict)"
 
 
 def test_the_coarsest_dtype_counts():

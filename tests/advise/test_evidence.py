@@ -4,6 +4,7 @@ import ast
 import functools
 import itertools
 import multiprocessing
+import os
 import re
 import textwrap
 import weakref
@@ -14,9 +15,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import safe_inplace
-from safe_inplace._advise import evidence, forms
+from safe_inplace._advise import forms, steps, watch
 from safe_inplace._advise.evidence import SMALLEST
-from safe_inplace._advise.instrument import CALLEE, PROBE
+from safe_inplace._advise.fresh import is_fresh
+from safe_inplace._advise.instrument import CALLEE, OPERAND, PROBE
 from safe_inplace._advise.source import Source
 
 from ..checks import Memory
@@ -125,14 +127,72 @@ UNSURE = {
     "from somebody's function": "h = (lambda t: t - w)(a)\nreturn h + 1",
     "from one of two": "h = a.sin() if next(turn) else (a - w).contiguous()\nreturn h + 1",
     "from a call that was not seen": "h = a.sin()\nif len(kept) > 5:\n    h = a.cos()\nreturn h + 1",
+    "from an operator of the program's own": "h = a @ own\nreturn h + 1",
+    "from a sign of the program's own": "h = -own\nreturn h + 1",
+    "from another operator": "h = a.bool() | a.bool()\nreturn h + 1",
+    "after an assignment of the program's own": "h = a - w\nh += own\nreturn h + 1",
+    "after another assignment": "h = a - w\nh @= own\nreturn h + 1",
+    "read on one way": "h = a - w\nif len(kept) > 5:\n    kept.append(h)\nreturn h + 1",
+    "read in a loop": "h = a - w\nfor _ in range(len(kept)):\n    kept.append(h)\nreturn h + 1",
+    "from a forward that somebody changed": "h = changed(a)\nreturn h + 1",
     "from a method of a subclass": "h = a.detach().as_subclass(Own).sin().as_subclass(torch.Tensor)\nreturn h + 1",
 }
 
 
 @pytest.mark.parametrize("body", UNSURE.values(), ids=UNSURE)
-def test_what_may_have_been_there_before_is_not_written(body):
+def test_what_may_have_been_there_before_is_not_written(body, monkeypatch):
     """Though nobody else had it in the calls that were seen."""
-    assert [code for code in advised(body, Own=Own) if code.startswith(("add_(h", "add_(a"))] == []
+
+    class Operator:
+        def __rmatmul__(self, other):
+            return other * 1
+
+        def __neg__(self):
+            return torch.rand(SHAPE)
+
+        __radd__ = __rmatmul__
+
+    changed = torch.nn.Linear(128, 128)
+    monkeypatch.setattr(torch.nn.Linear, "forward", torch.nn.Linear.forward if "changed" not in body else lambda m, x: x * 1)
+    codes = advised(body, Own=Own, own=Operator(), changed=changed)
+    assert [code for code in codes if code.startswith(("add_(h", "add_(a"))] == []
+
+
+def test_who_is_not_trusted_any_more(monkeypatch):
+    """Functions of torch that somebody has put others in the place of, hooks on all modules, and modes."""
+    linear, norm = torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)
+    assert all(map(is_fresh, (torch.sin, torch.rand(2).sin, linear, norm, torch.nn.functional.softmax)))
+    with monkeypatch.context() as patched:
+        softmax = torch.nn.functional.softmax
+        patched.setattr(torch.nn.functional, "softmax", lambda *args: args[0])
+        assert not is_fresh(torch.nn.functional.softmax) and is_fresh(softmax) and not is_fresh(norm)
+    with TorchFunctionMode():
+        assert not is_fresh(torch.sin)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not is_fresh(linear)
+    hook.remove()
+    with steps.counted():
+        assert is_fresh(linear)
+
+
+def test_what_the_program_calls_is_not_asked():
+    """Objects that answer anything, or raise."""
+
+    class Proxy:
+        __class__ = property(lambda self: 1 / 0)
+        __hash__ = None
+
+        def __eq__(self, other):
+            raise KeyError
+
+    class Unfinished(torch.nn.Module):
+        def __init__(self):
+            pass
+
+        def __getattr__(self, name):
+            raise KeyError(name)
+
+    assert not any(map(is_fresh, (Proxy(), Unfinished(), functools.partial(torch.sin), torch.Tensor.sin, len)))
 
 
 FORBIDDEN = {
@@ -158,31 +218,31 @@ def test_the_layout_of_the_result():
 
 def test_a_file_that_is_loaded_twice():
     """What one of them forbids is forbidden."""
-    text = "def function(x):\n    h = x * 1\n    kept.append(h if hold else None)\n    return h + 1\n"
-    source = Source(text.encode(), "program.py")
-    evidence.forget()
-    names = [{"kept": [], "hold": hold, PROBE: evidence.probe, CALLEE: evidence.callee} for hold in (False, True)]
-    for each in names:
-        exec(compile(evidence.watch(Source(text.encode(), "program.py")), "program.py", "exec"), each)
+    text = "def function(x):\n    h = x * 1\n    keep(h)\n    return h + 1\n"
+    watch.forget()
+    for keep in ([].append, str):
+        names = {"keep": keep, PROBE: watch.probe, CALLEE: watch.callee, OPERAND: watch.operand}
+        exec(compile(watch.watch(Source(text.encode(), "program.py")), "program.py", "exec"), names)
         for _ in range(2):
-            each["function"](torch.rand(SHAPE))
-    _, total = evidence.found()["seen"]
-    assert total["calls"] == 4 and source.sites[1].options[1].op == "add_"
-    assert "1" not in total["gained"]
+            names["function"](torch.rand(SHAPE))
+    _, total = watch.found()["seen"]
+    assert total["calls"] == 4 and [option.op for option in Source(text.encode(), "").sites[1].options] == ["add", "add_", "add"]
+    assert total["gained"] == {}
 
 
 def test_a_file_that_changes_is_left_alone():
-    evidence.forget()
+    watch.forget()
     for text in (b"r = x + y\n", b"r = y + x\n"):
-        tree = evidence.watch(Source(text, "program.py"))
+        tree = watch.watch(Source(text, "program.py"))
     assert "probe" not in ast.unparse(tree)
-    assert evidence.found() == {"seen": [], "left alone": ["program.py"]}
+    assert watch.found() == {"seen": [], "left alone": [os.path.realpath("program.py")]}
 
 
 def test_once_held_is_held():
-    body = "h = a - w\nif kept:\n    kept.append(h)\nkept.append(1)\nreturn h + 1"
-    assert advised(body, arguments=(torch.rand(SHAPE), torch.rand(128), [])) == []
-    assert advised(body) == ["add_(h, 1)"]
+    body = "h = a - w\nkeep(h)\nreturn h + 1"
+    assert advised(body, calls=5, keep=str) == ["add_(h, 1)"]
+    turns = iter([str, str, [].append, str, str])
+    assert advised(body, calls=5, keep=lambda h: next(turns)(h)) == []
 
 
 def test_seen_once_is_no_evidence():

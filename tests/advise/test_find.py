@@ -249,6 +249,21 @@ def test_read_again(body):
     assert False in is_dead(body)
 
 
+FROM_ELSEWHERE = [
+    "x = y @ y\nfrom shared import *\nx = x + 1",
+    "if y:\n    x = y @ y\nx = x + 1",
+    "x = y @ y\nglobals()['x'] = z\nx = x + 1",
+    "def f():\n    global x\n    x = z\nx = y @ y\nx = x + 1",
+    "def f():\n    globals()['x'] = z\nx = y @ y\nx = x + 1",
+]
+
+
+@pytest.mark.parametrize("text", FROM_ELSEWHERE)
+def test_a_modules_variable_may_come_from_elsewhere(text):
+    assert not any(site.writable for site in Source(text.encode(), "program.py").sites)
+    assert any(site.writable for site in Source(b"x = y @ y\nx = x + 1", "program.py").sites)
+
+
 @pytest.mark.parametrize(
     "text, dead",
     [

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import safe_inplace
-from safe_inplace._advise import evidence
+from safe_inplace._advise import watch
 from safe_inplace._advise.advice import Advice, advice_from
-from safe_inplace._advise.instrument import CALLEE, PROBE
+from safe_inplace._advise.instrument import CALLEE, OPERAND, PROBE
 from safe_inplace._advise.source import Source
 
 from . import engine
@@ -288,12 +288,12 @@ def advice_of(text: str, call: Callable[[Any], Any], names: dict[str, Any] = NAM
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "program.py")
         path.write_text(text)
-        evidence.forget()
-        setattr(builtins, PROBE, evidence.probe)
-        setattr(builtins, CALLEE, evidence.callee)
-        tree = evidence.watch(Source(path.read_bytes(), str(path)))
+        watch.forget()
+        for name, function in ((PROBE, watch.probe), (CALLEE, watch.callee), (OPERAND, watch.operand)):
+            setattr(builtins, name, function)
+        tree = watch.watch(Source(path.read_bytes(), str(path)))
         call(function_of(compile(tree, str(path), "exec", dont_inherit=True), names))
-        return advice_from(evidence.found())
+        return advice_from(watch.found())
 
 
 def check(program: Program) -> str:

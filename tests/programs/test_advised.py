@@ -14,7 +14,7 @@ from .slices import SEED, slices
 @slices(FUZZ, 400, 2)
 def test_programs(indices):
     ends = FUZZ.search(SEED, indices)
-    assert ends["a variable is written"] > len(indices) // 10
+    assert ends["a variable is written"] > len(indices) // 20
 
 
 BROKEN = {
