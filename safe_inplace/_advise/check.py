@@ -112,6 +112,11 @@ class Check:
         values = self.plain[0].values
         return len(values["passes"]) or len(values["calls"])
 
+    @property
+    def error(self) -> str | None:
+        """Of the changed program alone."""
+        return next((run.result["error"] for run in self.changed if run.result["error"] is not None), None)
+
     def repeats_itself(self) -> Difference:
         return greatest(self.plain[0].apart_from(run, self.eps) for run in self.plain[1:])
 

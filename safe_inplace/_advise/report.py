@@ -71,6 +71,8 @@ def check_in_words(check: Check) -> str:
     error = check.guarded.result["error"]
     as_well = "; of the program as it is: " + check.itself_guarded_error if check.itself_guarded_error else ""
     lines.append(f"  under guard: {error or 'no hazard'}{as_well}")
+    if check.error is not None:
+        lines.append(f"  the changed program raises: {check.error}")
     itself, apart = check.repeats_itself(), check.differs()
     steps = _count(check.compared, "step")
     if not check.compared:
@@ -99,4 +101,4 @@ def check_in_words(check: Check) -> str:
 def is_right(check: Check) -> bool:
     """Nothing speaks against the changed program."""
     stopped = check.guarded.result["error"] is not None and not check.itself_guarded_error
-    return not stopped and (bool(check.repeats_itself().of_norm) or check.differs().is_rounding)
+    return not stopped and check.error is None and (bool(check.repeats_itself().of_norm) or check.differs().is_rounding)

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.nn.modules import module as modules
@@ -47,6 +47,11 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return plain.to("cpu", copy=True)
 
 
+def _is_kept(value: Any) -> TypeGuard[torch.Tensor]:
+    """Subclasses may stand for anything."""
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_nested
+
+
 def is_gradient(name: str) -> bool:
     return not name.startswith(("output ", "loss "))
 
@@ -66,14 +71,14 @@ class Record:
             for name, parameter in module.named_parameters():
                 self._names.setdefault(id(parameter), f"{type(module).__name__}.{name}")
         if len(self.calls) < COMPARED:
-            tensors = [each for each in _pytree.tree_leaves(output) if isinstance(each, torch.Tensor)]
+            tensors = [each for each in _pytree.tree_leaves(output) if _is_kept(each)]
             self.calls.append([(f"output {i}", _copy(tensor)) for i, tensor in enumerate(tensors)])
 
     def passed(self, roots: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
         self.ends["passes"].append(time.perf_counter())
         if len(self.passes) < COMPARED:
             names = [self._names.get(id(leaf), f"leaf {tuple(leaf.shape)}") for leaf in leaves]
-            gradients = [(name, _copy(leaf.grad)) for name, leaf in zip(names, leaves, strict=True) if leaf.grad is not None]
+            gradients = [(name, _copy(leaf.grad)) for name, leaf in zip(names, leaves, strict=True) if _is_kept(leaf.grad)]
             # Leaves of no module: by what backward gave them, since nothing else tells which is which.
             gradients.sort(key=lambda named: (named[0], named[1].norm().item()))
             self.passes.append([(f"loss {i}", _copy(root)) for i, root in enumerate(roots)] + gradients)

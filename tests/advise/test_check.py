@@ -123,6 +123,12 @@ def test_a_hazard_is_refuted_but_for_the_programs_own():
     assert "under guard: HazardError: a write; of the program as it is: HazardError: a write" in check_in_words(own)
 
 
+def test_a_changed_program_that_raises():
+    plain, raised = [made(steps())] * 2, made([], error="RuntimeError: a leaf")
+    check = Check(plain, [plain[0], raised], plain[0], EPS)
+    assert not is_right(check) and "the changed program raises: RuntimeError: a leaf" in check_in_words(check)
+
+
 def test_nothing_to_compare():
     runs = [made([], times=())] * 2
     said = check_in_words(Check(runs, runs, made([], times=()), EPS))
