@@ -85,7 +85,7 @@ int arguments_of(const _PyInterpreterFrame* frame) {
 
 // Whether a tool hears of the calls in this code. It is shown their first argument after the call, too, also where it has just
 // switched off the instruction that tells it.
-bool calls_are_monitored(const PyCodeObject* code) {
+bool calls_are_monitored([[maybe_unused]] const PyCodeObject* code) {
 #if PY_VERSION_HEX >= 0x030C0000
   return code->_co_monitoring != nullptr && code->_co_monitoring->active_monitors.tools[PY_MONITORING_EVENT_CALL] != 0;
 #else
