@@ -110,7 +110,7 @@ def operand(number: int, value: Any) -> Any:
 def leave_alone(code: CodeType) -> None:
     """The program runs a file's code that is not watched."""
     name = os.path.realpath(code.co_filename)
-    if name in _sources:
+    if name in _sources and _sources[name].sites:
         _left_alone.add(name)
 
 

@@ -39,7 +39,7 @@ SUMS = [
     "({} + {}) * {}",
     "{} * ({} + {})",
     "{} * 2",
-    "0.5 * {} + 1",
+    "2 * {} + 1",
     "1 + {}",
     "1 - {}",
 ]
@@ -47,14 +47,14 @@ OTHERS = [
     "{}.relu()",
     "{}.square()",
     "{}.clamp(-3, 3)",
-    "torch.sigmoid({}).round()",
+    "{}.abs()",
     "{}.clone()",
     "{}.detach()",
     "seen_anew({})",
     "{}[...]",
     "{}.t().contiguous().t()",
-    "{}.mean(0, keepdim=True)",
-    "{}.mean()",
+    "{}.mean(0, keepdim=True).round()",
+    "{}.mean().round()",
     "torch.broadcast_tensors({}, {})[0]",
     "last(kept, {})",
     "({} if flag else {})",
@@ -117,12 +117,16 @@ class Generator(engine.Generator):
         var = self.pick() if self.rng.random() < 0.75 else None
         return var if var is not None else self.rng.choice(["a", "b", "w", "c"])
 
-    def expression(self, depth: int = DEPTH) -> Any:
+    def value(self, depth: int = DEPTH) -> Any:
+        """Of an assignment: bounded, so that nothing grows large."""
+        source = self.expression(depth)
+        return source if depth == 1 and self.rng.random() < 0.5 else (source, ".clamp(-9, 9)")
+
+    def expression(self, depth: int) -> Any:
         if depth == 0 or self.rng.random() < 0.25:
             return self.atom()
         templates = SUMS if self.rng.random() < 0.6 else OTHERS
-        source = ("(", self.fill(self.rng.choice(templates), depth - 1), ")")
-        return source if depth < DEPTH else (source, ".clamp(-9, 9)")
+        return ("(", self.fill(self.rng.choice(templates), depth - 1), ")")
 
     def fill(self, template: str, depth: int) -> tuple[Any, ...]:
         pieces = template.split("{}")
@@ -153,7 +157,7 @@ class Assign(Producer):
 
     @classmethod
     def generate(cls, generator):
-        return generator.add(cls((generator.expression(),)))
+        return generator.add(cls((generator.value(),)))
 
 
 class Rebind(Step):
@@ -162,7 +166,7 @@ class Rebind(Step):
     @classmethod
     def generate(cls, generator):
         if generator.known:
-            generator.add(cls((generator.pick(), " = ", generator.expression())))
+            generator.add(cls((generator.pick(), " = ", generator.value())))
 
 
 class Hold(Step):
@@ -180,7 +184,7 @@ class Branch(Step):
     def generate(cls, generator):
         if generator.known:
             one, other = generator.pick(), generator.pick()
-            first, second = generator.expression(2), generator.expression(2)
+            first, second = generator.value(2), generator.value(2)
             generator.add(cls(("if flag:\n    ", one, " = ", first, "\nelse:\n    ", other, " = ", second)))
 
 
@@ -191,7 +195,7 @@ class Loop(Step):
     def generate(cls, generator):
         if generator.known:
             one, other = generator.pick(), generator.pick()
-            first, second = generator.expression(2), generator.expression(1)
+            first, second = generator.value(2), generator.value(1)
             generator.add(cls(("for t in [a, b]:\n    ", one, " = ", first, "\n    ", other, " = ", second)))
 
 
@@ -204,7 +208,7 @@ class Caught(Step):
     def generate(cls, generator):
         if generator.known:
             one, other = generator.pick(), generator.pick()
-            before, after, last = (generator.expression(depth) for depth in (2, 1, 2))
+            before, after, last = (generator.value(depth) for depth in (2, 1, 2))
             stop, kind = generator.rng.choice([("1 / flag", "except ZeroDivisionError"), ("kept", "finally")])
             tried = ("try:\n    ", one, " = ", before, f"\n    {stop}\n    ", one, " = ", after)
             generator.add(cls((*tried, f"\n{kind}:\n    ", other, " = ", last)))
@@ -215,7 +219,7 @@ class Discard(Step):
 
     @classmethod
     def generate(cls, generator):
-        generator.add(cls((generator.expression(),)))
+        generator.add(cls((generator.value(),)))
 
 
 class Unrecorded(Step):
@@ -224,7 +228,7 @@ class Unrecorded(Step):
     @classmethod
     def generate(cls, generator):
         if generator.known:
-            generator.add(cls(("with torch.no_grad():\n    ", generator.pick(), " = ", generator.expression(2))))
+            generator.add(cls(("with torch.no_grad():\n    ", generator.pick(), " = ", generator.value(2))))
 
 
 class Return(Step):
@@ -253,7 +257,8 @@ def function_of(code: Any, names: dict[str, Any] = NAMES) -> Any:
 
 
 def values(shape: tuple[int, ...], offset: int) -> torch.Tensor:
-    """Small whole numbers: what is rounded once or twice is the same, as long as nothing grows large."""
+    """Whole numbers, and so is all that comes of them: once or twice, there is nothing to round, as long as nothing grows large.
+    A last bit would decide on which side of a bound a gradient is one or none."""
     return torch.sin(torch.arange(torch.Size(shape).numel(), dtype=DTYPE) * 0.7 + offset).mul(3).round().view(shape)
 
 
