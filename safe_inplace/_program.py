@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
+import argparse
 import builtins
 import importlib.util
 import io
 import os
 import pkgutil
 import sys
-import threading
 import types
 import zipfile
 from collections.abc import Callable, Collection
@@ -31,9 +30,19 @@ class NoProgram(Exception):
         self.status = status
 
 
-def split(arguments: list[str], valued: Collection[str]) -> tuple[list[str], bool, list[str]]:
+def parse(
+    command: argparse.ArgumentParser, arguments: list[str], valued: Collection[str]
+) -> tuple[argparse.Namespace, bool, list[str]]:
     """A command's own options, whether -m names the program, and the program with its arguments, whatever these look like. What
     follows an option of `valued` is its value."""
+    own, is_module, program = _split(arguments, valued)
+    options = command.parse_args(own)
+    if not program:
+        command.error("nothing to run: name a script, or a module with -m")
+    return options, is_module, program
+
+
+def _split(arguments: list[str], valued: Collection[str]) -> tuple[list[str], bool, list[str]]:
     end = 0
     while end < len(arguments) and arguments[end].startswith("-") and arguments[end] != "--":
         if arguments[end].startswith("-m"):
@@ -80,13 +89,6 @@ def module(argv: list[str], compile: Compile = _plain) -> Callable[[], None]:
         raise NoProgram(f"No module named {name}", 1)
     sys.argv[0] = spec.origin or name
     return _of_a_spec(spec, compile)
-
-
-def end() -> None:
-    """What the interpreter does before it ends: it tells pools of threads to end, waits for all that are no daemons, and calls
-    the functions of atexit, of which one waits for processes."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
 
 
 def _begin(argv: list[str], folder: str) -> None:

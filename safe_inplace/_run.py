@@ -8,10 +8,11 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -85,6 +86,42 @@ def print_exception(error: BaseException) -> None:
         print("".join(described.format()), end="", file=sys.stderr)
 
 
+def load(prog: str, is_module: bool, program: list[str], **compiled: Any) -> Callable[[], None] | int:
+    """The program, or, where there is none, the status; that is told."""
+    try:
+        return (_program.module if is_module else _program.script)(program, **compiled)
+    except _program.NoProgram as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return error.status
+    except Exception as error:
+        print_exception(error)
+        return 1
+
+
+def outcome(program: Callable[[], None]) -> tuple[int, BaseException | None]:
+    """Runs it: the status with which it ends, and what it raised, which is told."""
+    try:
+        program()
+    except SystemExit as exit:
+        if not (exit.code is None or isinstance(exit.code, int)):
+            print(exit.code, file=sys.stderr)
+        return exit.code & 0xFF if isinstance(exit.code, int) else int(exit.code is not None), None
+    except BaseException as error:
+        print_exception(error)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1, error
+    return 0, None
+
+
+def finish() -> None:
+    """As the interpreter does before it ends: it tells pools of threads to end, waits for all that are no daemons, and calls the
+    functions of atexit, of which one waits for processes."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+    except KeyboardInterrupt as error:
+        print_exception(error)
+    atexit._run_exitfuncs()
+
+
 class _Run(_process.FirstGuard):
     """One program under guard, and what is told of it at its end, however that comes."""
 
@@ -98,23 +135,10 @@ class _Run(_process.FirstGuard):
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._end_by)
         self.start()
-        try:
-            program()
-            status = 0
-        except SystemExit as exit:
-            if not (exit.code is None or isinstance(exit.code, int)):
-                print(exit.code, file=sys.stderr)
-            status = exit.code & 0xFF if isinstance(exit.code, int) else int(exit.code is not None)
-        except BaseException as error:
-            print_exception(error)
-            self._stopped = comes_of_a_hazard(error)
-            status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        status, error = outcome(program)
+        self._stopped = error is not None and comes_of_a_hazard(error)
         atexit.unregister(self._at_exit)  # guard's own has no part in it
-        try:
-            _program.end()
-        except KeyboardInterrupt as error:
-            print_exception(error)
-            atexit._run_exitfuncs()
+        finish()
         self.leave()
         return self.end(status)
 
@@ -168,28 +192,20 @@ class _Run(_process.FirstGuard):
 
 def main(prog: str, arguments: list[str]) -> int:
     command = parser(prog)
-    own, is_module, program = _program.split(arguments, ("--on-hazard", "--json"))
-    options = command.parse_args(own)
-    if not program:
-        command.error("nothing to run: name a script, or a module with -m")
+    options, is_module, program = _program.parse(command, arguments, ("--on-hazard", "--json"))
     file = None
     if options.json:
         try:
             file = open(_of_this_rank(options.json), "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             command.error(f"--json {options.json}: {error.strerror}")
-    try:
-        load = (_program.module if is_module else _program.script)(program)
-    except _program.NoProgram as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return error.status
-    except Exception as error:
-        print_exception(error)
-        return 1
+    loaded = load(prog, is_module, program)
+    if isinstance(loaded, int):
+        return loaded
     outer = _process.current()
     if outer is not None:
         outer.stop()
-    status = _Run(options, file).run(load)
+    status = _Run(options, file).run(loaded)
     if status == -signal.SIGINT:
         # The interpreter's own way: all is told already.
         sys.excepthook = lambda *_: None

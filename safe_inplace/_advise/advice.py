@@ -18,6 +18,11 @@ from .source import Source
 _LEAST_STEPS = 2
 
 
+def here() -> str:
+    """This folder, as the names of watched files have it."""
+    return os.path.realpath(os.getcwd())
+
+
 @dataclass(frozen=True)
 class Change:
     """One site, and the op that takes its place."""
@@ -72,10 +77,8 @@ class Advice:
 
     def root(self) -> str:
         """The folder in which the diff applies: this one, if all is in it."""
-        here = os.path.realpath(os.getcwd())
         folders = [os.path.dirname(os.path.abspath(file.source.filename)) for file in self.files]
-        common = os.path.commonpath([here, *folders])
-        return here if common == here else os.path.commonpath(folders)
+        return here() if os.path.commonpath([here(), *folders]) == here() else os.path.commonpath(folders)
 
     def diff(self) -> str:
         return "".join(file.diff(self.root()) for file in self.files)

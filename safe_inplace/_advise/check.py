@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,9 +118,11 @@ class Check:
         """Of the changed program alone."""
         return next((run.result["error"] for run in self.changed if run.result["error"] is not None), None)
 
+    @cached_property
     def repeats_itself(self) -> Difference:
         return greatest(self.plain[0].apart_from(run, self.eps) for run in self.plain[1:])
 
+    @cached_property
     def differs(self) -> Difference:
         runs = [run for run in (self.guarded, *self.changed) if run.result["error"] is None or run is not self.guarded]
         return greatest(self.plain[0].apart_from(run, self.eps) for run in runs)

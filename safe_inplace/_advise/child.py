@@ -18,8 +18,7 @@ import torch._sources
 
 import safe_inplace
 
-from .. import _process, _program
-from .._run import print_exception
+from .. import _process, _run
 from . import watch
 from .forms import Option
 from .instrument import CALLEE, OPERAND, PROBE
@@ -86,29 +85,17 @@ def run(task: dict[str, Any], program: list[str]) -> int:
         compiled["compile"] = Changed(task["chosen"])
     if compiled:
         sys.meta_path.insert(0, Finder(compiled["compile"], task["include"]))
-    try:
-        load = (_program.module if task["module"] else _program.script)(program, **compiled)
-    except _program.NoProgram as no_program:
-        print(f"{task['prog']}: {no_program}", file=sys.stderr)
-        return no_program.status
-    error = None
+    loaded = _run.load(task["prog"], task["module"], program, **compiled)
+    if isinstance(loaded, int):
+        return loaded
     with ExitStack() as stack:
         stack.enter_context(counted(record))
         if task["guard"]:
             stack.enter_context(safe_inplace.guard(verify=True))
-        try:
-            load()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-            if not (exit.code is None or isinstance(exit.code, int)):
-                print(exit.code, file=sys.stderr)
-        except BaseException as raised:
-            # The program's own end, whatever it is.
-            print_exception(raised)
-            status, error = 1, f"{type(raised).__qualname__}: {raised}"
-        _program.end()
+        status, raised = _run.outcome(loaded)
+        _run.finish()
     if os.getpid() == pid:
+        error = None if raised is None else f"{type(raised).__qualname__}: {raised}"
         found: dict[str, Any] = {"status": status, "error": error}
         if record is None:
             found |= watch.found(task["others"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import _program
-from .advice import Advice, advice_from
+from .advice import Advice, advice_from, here
 from .check import Check, Run
 from .report import advice_in_words, check_in_words, is_right
 
@@ -99,10 +99,7 @@ class _Program:
 
 def main(prog: str, arguments: list[str]) -> int:
     command = parser(prog)
-    own, is_module, program = _program.split(arguments, ("--diff", "--include"))
-    options = command.parse_args(own)
-    if not program:
-        command.error("nothing to run: name a script, or a module with -m")
+    options, is_module, program = _program.parse(command, arguments, ("--diff", "--include"))
     if "torch" in options.include:
         command.error("--include torch: what watches a program is made of torch")
     try:
@@ -119,7 +116,7 @@ def _advise(program: _Program, options: argparse.Namespace, name: str) -> int:
     print(f"\n{advice_in_words(name, advice)}", flush=True)
     if options.diff:
         Path(options.diff).write_text(advice.diff() if advice.files else "", encoding="utf-8")
-        if advice.files and advice.root() != os.path.realpath(os.getcwd()):
+        if advice.files and advice.root() != here():
             print(f"{options.diff} is to be applied in {advice.root()}")
     if not options.check or not advice.changes or watched["status"]:
         return watched["status"]

@@ -17,6 +17,7 @@ from .. import _C
 from . import steps
 from .find import Site
 from .forms import Option
+from .fresh import PLAIN
 
 # Nobody would notice what smaller results gain.
 SMALLEST = 64 * 1024
@@ -30,7 +31,6 @@ def _places(values: Sequence[Any], index: int) -> int:
 
 # What the probe's own arguments and calls hold of it.
 _OF_A_TEMPORARY = _places((torch.empty(0),), 0)
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 NUMBERS = (int, float, complex, bool)
 _DEFAULT = torch._C._autograd.CreationMeta.DEFAULT
 
@@ -50,12 +50,6 @@ def _may_be_written(tensor: torch.Tensor) -> bool:
 
 
 _lock = threading.Lock()
-
-
-def new_lock() -> None:
-    """In a forked child: another thread may have held it."""
-    global _lock
-    _lock = threading.Lock()
 
 
 class Seen:

@@ -44,10 +44,14 @@ class Site:
     form: Form
     operands: list[ast.expr]
     function: str = "<module>"
-    names: frozenset[int] = frozenset()  # operands that are variables
-    # Those of them that may be written, and what of the source's `shown`, by number, that depends on.
+    # Operands that are variables and may be written, and what of the source's `shown`, by number, that depends on.
     writable: dict[int, list[int]] = field(default_factory=dict)
     in_parentheses: bool = False  # that an op in its place has no need of
+
+    @cached_property
+    def names(self) -> frozenset[int]:
+        """Operands that are variables."""
+        return frozenset(i for i, operand in enumerate(self.operands) if isinstance(operand, ast.Name))
 
     @property
     def position(self) -> Position:
@@ -117,8 +121,7 @@ def find_sites(tree: ast.Module, keeps_its_text: Callable[[ast.expr, list[ast.ex
         found = found_in(node)
         if found is not None and _may_be_a_call(found[0]) and keeps_its_text(found[0], found[2]):
             binary, form, operands = found
-            names = frozenset(i for i, operand in enumerate(operands) if isinstance(operand, ast.Name))
-            yield Site(index, binary, form, operands, names=names, in_parentheses=id(binary) in enclosed)
+            yield Site(index, binary, form, operands, in_parentheses=id(binary) in enclosed)
             index += 1
             inside = operands
         waiting += reversed(list(inside))

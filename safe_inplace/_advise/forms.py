@@ -70,68 +70,53 @@ class Form:
         return self.last(*operands) if self.first is None else self.last(self.first(*operands), *operands)
 
 
-_MINUS = ", alpha=-1"
-_MINUS_PRODUCT = ", value=-1"
+def _either(op: str, *orders: tuple[int, ...], keyword: str = "", negated: int | None = None) -> tuple[Option, ...]:
+    """Out of place and in place, with the operands in each of these orders."""
+    return tuple(Option(form, order, keyword, negated) for order in orders for form in (op, f"{op}_"))
 
-SUM = Form(
-    "a + b",
-    None,
-    lambda a, b: a + b,
-    (Option("add", (0, 1)), Option("add_", (0, 1))),
-    moved=(Option("add", (1, 0)), Option("add_", (1, 0))),
-)
-DIFFERENCE = Form("a - b", None, lambda a, b: a - b, (Option("add", (0, 1), _MINUS), Option("add_", (0, 1), _MINUS)))
-MINUS_NUMBER = Form(
-    "a - b",
-    None,
-    lambda a, b: a - b,
-    (Option("add", (0, 1), negated=1), Option("add_", (0, 1), negated=1)),
-)
-PRODUCT = Form(
-    "a * b",
-    None,
-    lambda a, b: a * b,
-    (Option("mul", (0, 1)), Option("mul_", (0, 1))),
-    moved=(Option("mul", (1, 0)), Option("mul_", (1, 0))),
-)
+
+SUM = Form("a + b", None, lambda a, b: a + b, _either("add", (0, 1)), moved=_either("add", (1, 0)))
+DIFFERENCE = Form("a - b", None, lambda a, b: a - b, _either("add", (0, 1), keyword=", alpha=-1"))
+MINUS_NUMBER = Form("a - b", None, lambda a, b: a - b, _either("add", (0, 1), negated=1))
+PRODUCT = Form("a * b", None, lambda a, b: a * b, _either("mul", (0, 1)), moved=_either("mul", (1, 0)))
 PRODUCT_PLUS = Form(
     "a * b + c",
     lambda a, b, c: a * b,
     lambda product, a, b, c: product + c,
-    (Option("mul_add", (0, 1, 2)), Option("mul_add_", (0, 1, 2))),
-    moved=(Option("mul_add", (1, 0, 2)), Option("mul_add_", (1, 0, 2)), Option("addcmul_", (2, 0, 1))),
+    _either("mul_add", (0, 1, 2)),
+    moved=(*_either("mul_add", (1, 0, 2)), Option("addcmul_", (2, 0, 1))),
 )
 PRODUCT_MINUS_NUMBER = Form(
     "a * b - c",
-    lambda a, b, c: a * b,
+    PRODUCT_PLUS.first,
     lambda product, a, b, c: product - c,
-    (Option("mul_add", (0, 1, 2), negated=2), Option("mul_add_", (0, 1, 2), negated=2)),
-    moved=(Option("mul_add", (1, 0, 2), negated=2), Option("mul_add_", (1, 0, 2), negated=2)),
+    _either("mul_add", (0, 1, 2), negated=2),
+    moved=_either("mul_add", (1, 0, 2), negated=2),
 )
 PLUS_PRODUCT = Form(
     "a + b * c",
     lambda a, b, c: b * c,
     lambda product, a, b, c: a + product,
-    (Option("addcmul", (0, 1, 2)), Option("addcmul_", (0, 1, 2))),
-    moved=(Option("mul_add", (1, 2, 0)), Option("mul_add_", (1, 2, 0)), Option("mul_add_", (2, 1, 0))),
+    _either("addcmul", (0, 1, 2)),
+    moved=(*_either("mul_add", (1, 2, 0)), Option("mul_add_", (2, 1, 0))),
 )
 MINUS_PRODUCT = Form(
     "a - b * c",
-    lambda a, b, c: b * c,
+    PLUS_PRODUCT.first,
     lambda product, a, b, c: a - product,
-    (Option("addcmul", (0, 1, 2), _MINUS_PRODUCT), Option("addcmul_", (0, 1, 2), _MINUS_PRODUCT)),
+    _either("addcmul", (0, 1, 2), keyword=", value=-1"),
 )
 SUM_TIMES = Form(
     "(a + b) * c",
     lambda a, b, c: a + b,
     lambda total, a, b, c: total * c,
-    (Option("add_mul", (0, 1, 2)), Option("add_mul_", (0, 1, 2))),
-    moved=(Option("add_mul", (1, 0, 2)), Option("add_mul_", (1, 0, 2))),
+    _either("add_mul", (0, 1, 2)),
+    moved=_either("add_mul", (1, 0, 2)),
 )
 TIMES_SUM = Form(
     "a * (b + c)",
     lambda a, b, c: b + c,
     lambda total, a, b, c: a * total,
     (),
-    moved=tuple(Option(op, order) for order in ((1, 2, 0), (2, 1, 0)) for op in ("add_mul", "add_mul_")),
+    moved=_either("add_mul", (1, 2, 0), (2, 1, 0)),
 )

@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from .. import ops
 
+# Not their subclasses, which may do anything.
+PLAIN = (torch.Tensor, nn.Parameter)
+
 
 def _named(names: str, *spaces: Any) -> list[Any]:
     return [getattr(space, name) for space in spaces for name in names.split()]
@@ -60,23 +63,18 @@ def is_fresh(callee: Any) -> bool:
     if kind in _FORWARDS:
         return _is_plain_module(callee) and kind.forward is _FORWARDS[kind] and not callee.__dict__.get("inplace", False)
     if kind is types.BuiltinMethodType and isinstance(callee.__self__, torch.Tensor):
-        return type(callee.__self__) in (torch.Tensor, nn.Parameter) and callee.__name__ in _METHODS
+        return type(callee.__self__) in PLAIN and callee.__name__ in _METHODS
     return id(callee) in _FUNCTIONS
 
 
 def _is_plain_module(module: nn.Module) -> bool:
     if module._forward_hooks or "forward" in module.__dict__ or type(module).__call__ is not _CALL:
         return False
-    hooks = global_hooks()
-    return all(id(hook) in own_hooks for hook in hooks) and all(
+    hooks = nn.modules.module._global_forward_hooks.values()
+    return all(any(hook is own for own in own_hooks) for hook in hooks) and all(
         getattr(functional, name, None) is function for name, function in _OF_F.items()
     )
 
 
-def global_hooks() -> list[Any]:
-    """On all modules."""
-    return list(nn.modules.module._global_forward_hooks.values())
-
-
-# Of this package.
-own_hooks: set[int] = set()
+# On all modules, and of this package.
+own_hooks: list[Any] = []

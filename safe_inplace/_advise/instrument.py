@@ -14,9 +14,9 @@ OPERAND = "_safe_inplace_operand"
 
 
 class _Instrument(ast.NodeTransformer):
-    def __init__(self, source: Source, sites: list[int], shown: list[int]) -> None:
-        self._sites = {id(site.node): (site, number) for site, number in zip(source.sites, sites, strict=True)}
-        self._shown = {id(each.node): (each, number) for each, number in zip(source.shown, shown, strict=True)}
+    def __init__(self, source: Source, first_site: int, first_shown: int) -> None:
+        self._sites = {id(site.node): (site, number) for number, site in enumerate(source.sites, first_site)}
+        self._shown = {id(each.node): (each, number) for number, each in enumerate(source.shown, first_shown)}
 
     def visit(self, node: ast.AST) -> ast.AST:
         site, number = self._sites.get(id(node), (None, 0))
@@ -34,8 +34,9 @@ def _call(place: ast.expr, name: str, number: int, arguments: list[ast.AST]) -> 
     return ast.fix_missing_locations(ast.copy_location(call, place))
 
 
-def instrumented(source: Source, sites: list[int], shown: list[int]) -> ast.Module:
-    """The tree in which each site, and all that is shown, goes through a call, by these numbers. Takes the source's tree."""
-    tree = _Instrument(source, sites, shown).visit(source.tree)
+def instrumented(source: Source, first_site: int, first_shown: int) -> ast.Module:
+    """The tree in which each site, and all that is shown, goes through a call, by numbers that begin with these. Takes the
+    source's tree."""
+    tree = _Instrument(source, first_site, first_shown).visit(source.tree)
     assert isinstance(tree, ast.Module)
     return tree

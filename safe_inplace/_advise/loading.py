@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import sysconfig
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any
 
+from .._guard.sites import whose_file
 from .._program import Compile
-
-_INSTALLED = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
-_OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
-_STDLIB = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib"))
 
 
 class _Loader(SourceFileLoader):
@@ -38,12 +33,8 @@ class Finder(MetaPathFinder):
         self._behind: list[Any] = list(sys.meta_path)
 
     def is_meant(self, name: str, path: str) -> bool:
-        if path.startswith(_OURS):
-            return False
-        if name.partition(".")[0] in self._include:
-            return True
-        # In a virtual environment the installed packages lie below the folder that platstdlib names.
-        return not any(part in path for part in _INSTALLED) and not path.startswith(_STDLIB)
+        whose = whose_file(path)
+        return whose == 2 or (whose == 1 and name.partition(".")[0] in self._include)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         # Somebody may have put another list, or another finder around this one.

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 
 from .._guard.words import bytes_in_words
-from .advice import Advice, Change, File
+from .advice import Advice, Change, File, here
 from .check import Check
 from .evidence import SMALLEST
 
@@ -17,7 +17,7 @@ def _count(number: int, of: str) -> str:
 
 
 def _path(name: str) -> str:
-    return os.path.relpath(name) if name.startswith(os.path.join(os.path.realpath(os.getcwd()), "")) else name
+    return os.path.relpath(name, here()) if name.startswith(os.path.join(here(), "")) else name
 
 
 def _why(file: File, change: Change) -> str:
@@ -73,7 +73,7 @@ def check_in_words(check: Check) -> str:
     lines.append(f"  under guard: {error or 'no hazard'}{as_well}")
     if check.error is not None:
         lines.append(f"  the changed program raises: {check.error}")
-    itself, apart = check.repeats_itself(), check.differs()
+    itself, apart = check.repeats_itself, check.differs
     steps = _count(check.compared, "step")
     if not check.compared:
         lines.append("  values: none to compare; the program has no backward pass and calls no module")
@@ -101,4 +101,4 @@ def check_in_words(check: Check) -> str:
 def is_right(check: Check) -> bool:
     """Nothing speaks against the changed program."""
     stopped = check.guarded.result["error"] is not None and not check.itself_guarded_error
-    return not stopped and check.error is None and (bool(check.repeats_itself().of_norm) or check.differs().is_rounding)
+    return not stopped and check.error is None and (bool(check.repeats_itself.of_norm) or check.differs.is_rounding)

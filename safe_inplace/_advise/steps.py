@@ -11,8 +11,9 @@ from typing import Any, TypeGuard
 import torch
 from torch.nn.modules import module as modules
 from torch.utils import _pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .fresh import own_hooks
+from .fresh import PLAIN, own_hooks
 
 # Of these first steps all values are compared: later ones have gone apart by rounding.
 COMPARED = 2
@@ -48,8 +49,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_kept(value: Any) -> TypeGuard[torch.Tensor]:
-    """Subclasses may stand for anything."""
-    return type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_nested
+    return type(value) in PLAIN and not value.is_nested
 
 
 def is_gradient(name: str) -> bool:
@@ -63,13 +63,12 @@ class Record:
         self.passes: list[Named] = []  # what backward began with, and the gradients it left
         self.calls: list[Named] = []  # what the outermost modules returned
         self.ends: dict[str, list[float]] = {"passes": [], "calls": []}
-        self._names: dict[int, str] = {}
+        self._modules = WeakIdKeyDictionary()  # that were called
 
     def called(self, module: torch.nn.Module, output: Any) -> None:
         self.ends["calls"].append(time.perf_counter())
         if len(self.passes) < COMPARED:
-            for name, parameter in module.named_parameters():
-                self._names.setdefault(id(parameter), f"{type(module).__name__}.{name}")
+            self._modules[module] = None
         if len(self.calls) < COMPARED:
             tensors = [each for each in _pytree.tree_leaves(output) if _is_kept(each)]
             self.calls.append([(f"output {i}", _copy(tensor)) for i, tensor in enumerate(tensors)])
@@ -77,7 +76,11 @@ class Record:
     def passed(self, roots: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
         self.ends["passes"].append(time.perf_counter())
         if len(self.passes) < COMPARED:
-            names = [self._names.get(id(leaf), f"leaf {tuple(leaf.shape)}") for leaf in leaves]
+            known: dict[int, str] = {}
+            for module in self._modules:
+                for name, parameter in module.named_parameters():
+                    known.setdefault(id(parameter), f"{type(module).__name__}.{name}")
+            names = [known.get(id(leaf), f"leaf {tuple(leaf.shape)}") for leaf in leaves]
             gradients = [(name, _copy(leaf.grad)) for name, leaf in zip(names, leaves, strict=True) if _is_kept(leaf.grad)]
             # Leaves of no module: by what backward gave them, since nothing else tells which is which.
             gradients.sort(key=lambda named: (named[0], named[1].norm().item()))
@@ -135,7 +138,8 @@ def counted(record: Record | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(modules.register_module_forward_pre_hook(before).remove)
         stack.callback(modules.register_module_forward_hook(after, always_call=True).remove)
-        own_hooks.add(id(after))
+        own_hooks.append(after)
+        stack.callback(own_hooks.remove, after)
         stack.callback(setattr, torch.autograd, "backward", backward)
         torch.autograd.backward = passing  # type: ignore[assignment]
         yield

@@ -6,12 +6,12 @@ import ast
 import mmap
 import os
 import threading
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 import torch
 
-from . import evidence
 from .evidence import NUMBERS, Seen, is_plain
 from .fresh import is_fresh
 from .instrument import instrumented
@@ -19,26 +19,24 @@ from .source import Source
 
 _ELSEWHERE = "it also runs where it is not watched: compiled, traced, or in another process"
 
-_lock = threading.Lock()
-_sources: dict[str, Source] = {}
+
+
+@dataclass(frozen=True)
+class _File:
+    source: Source
+    first_seen: int  # the numbers of its sites, and of what it shows, begin here
+    first_shown: int
+
+
+_lock = threading.Lock()  # a forked process watches nothing, and does not ask for it
+_files: dict[str, _File] = {}
 _seen: list[Seen] = []
-_numbers: dict[tuple[str, int], int] = {}  # of sites, by file
 _shown: list[set[bool]] = []  # of what decides whether a new tensor is made: did it say so?
-_shown_numbers: dict[tuple[str, int], int] = {}
 _left_alone: set[str] = set()
 
 # A flag for each site that has run where nothing can be seen of it.
 _PID = os.getpid()
 _elsewhere = mmap.mmap(-1, 1 << 20)
-
-
-def _in_child() -> None:
-    global _lock
-    _lock = threading.Lock()
-    evidence.new_lock()
-
-
-os.register_at_fork(after_in_child=_in_child)
 
 
 def _run_elsewhere(number: int) -> None:
@@ -57,26 +55,20 @@ def watch(source: Source) -> ast.Module:
     if os.getpid() != _PID:
         return source.tree
     with _lock:
-        before = _sources.setdefault(name, source)
-        if source.left_alone or before.text != source.text:
+        if name not in _files:
+            _files[name] = _File(source, len(_seen), len(_shown))
+            _seen.extend(Seen(name, site) for site in source.sites)
+            _shown.extend(set() for _ in source.shown)
+        file = _files[name]
+        if source.left_alone or file.source.text != source.text:
             _left_alone.add(name)
             return source.tree
-        for site in source.sites:
-            if (name, site.index) not in _numbers:
-                _numbers[name, site.index] = len(_seen)
-                _seen.append(Seen(name, site))
-        for index in range(len(source.shown)):
-            if (name, index) not in _shown_numbers:
-                _shown_numbers[name, index] = len(_shown)
-                _shown.append(set())
-        sites = [_numbers[name, site.index] for site in source.sites]
-        shown = [_shown_numbers[name, index] for index in range(len(source.shown))]
-    return instrumented(source, sites, shown)
+    return instrumented(source, file.first_seen, file.first_shown)
 
 
 def forget() -> None:
     """All that was watched."""
-    for each in (_sources, _seen, _numbers, _shown, _shown_numbers, _left_alone):
+    for each in (_files, _seen, _shown, _left_alone):
         each.clear()  # type: ignore[attr-defined]
     _elsewhere[:] = bytes(len(_elsewhere))
 
@@ -84,10 +76,8 @@ def forget() -> None:
 def probe(number: int, form: str, *operands: Any) -> Any:
     """Stands in the program in the place of a sum or product, and returns what that would have been."""
     seen = _seen[number]
-    if torch.compiler.is_compiling():
-        _run_elsewhere(number)
-        return seen.site.form.plain(*operands)
-    if os.getpid() != _PID or torch._C._get_tracing_state() is not None:
+    # Dynamo reads no further than to the first of these.
+    if torch.compiler.is_compiling() or os.getpid() != _PID or torch._C._get_tracing_state() is not None:
         _run_elsewhere(number)
         return seen.site.form.plain(*operands)
     return seen.run(operands)
@@ -103,24 +93,25 @@ def callee(number: int, function: Any) -> Any:
 def operand(number: int, value: Any) -> Any:
     """Stands around what the program computes with there, and returns it."""
     if not torch.compiler.is_compiling():
-        _shown[number].add(type(value) in NUMBERS or is_plain(value))
+        with torch._C.DisableTorchFunction():  # what modes see is the program's own
+            _shown[number].add(type(value) in NUMBERS or is_plain(value))
     return value
 
 
 def leave_alone(code: CodeType) -> None:
     """The program runs a file's code that is not watched."""
     name = os.path.realpath(code.co_filename)
-    if name in _sources and _sources[name].sites:
+    if name in _files and _files[name].source.sites:
         _left_alone.add(name)
 
 
 def read_as_source(filename: str, first: int, last: int) -> None:
     """Somebody compiles these lines anew."""
-    name = os.path.realpath(filename)
-    source = _sources.get(name)
-    for site in source.sites if source is not None else []:
-        if first <= site.position[0] <= last and (name, site.index) in _numbers:
-            _run_elsewhere(_numbers[name, site.index])
+    file = _files.get(os.path.realpath(filename))
+    if file is not None:
+        for site in file.source.sites:
+            if first <= site.position[0] <= last:
+                _run_elsewhere(file.first_seen + site.index)
 
 
 def found(others: str = "") -> dict[str, Any]:
@@ -135,7 +126,7 @@ def found(others: str = "") -> dict[str, Any]:
         if seen.of_others:
             seen.refute("not always plain tensors")
         for written, shown in seen.site.writable.items():
-            if any(_shown[_shown_numbers[seen.file, each]] != {True} for each in shown):
+            if any(_shown[_files[seen.file].first_shown + each] != {True} for each in shown):
                 seen.refute_unsure(written)
     known = [seen.as_dict() for seen in _seen if seen.file not in _left_alone]
     return {"seen": known, "left alone": sorted(_left_alone)}

@@ -40,9 +40,19 @@ _RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+)_at_\d+$")
 _COMPILED_REGION = os.path.join("_aot_autograd", "runtime_wrappers.py")
 
 
+def whose_file(filename: str) -> int:
+    """0 for torch, this package and the standard library, 1 for other installed packages, 2 for the user's own."""
+    if filename.startswith(("<frozen ", "<eval_with_key>", *_LIBRARIES)):
+        return 0
+    # In a virtual environment these lie below the folder that platstdlib names.
+    if any(part in filename for part in _INSTALLED):
+        return 1
+    return 0 if filename.startswith(_STDLIB) else 2
+
+
 def whose_code(code: CodeType) -> int:
-    """0 for torch, this package and the standard library, 1 for other installed packages, 2 for the user's own. The line in a
-    model of timm or transformers says more than the line that called the model: it is named, and its caller as well."""
+    """As of its file. The line in a model of timm or transformers says more than the line that called the model: it is named, and
+    its caller as well."""
     filename = code.co_filename
     if filename.endswith(_COMPILED_REGION):
         say_once(
@@ -50,11 +60,7 @@ def whose_code(code: CodeType) -> int:
             "safe_inplace.guard: of a compiled region only what it saves and which of its inputs it writes is known; what else "
             "its kernels write is found by guard(verify=True).",
         )
-    if filename.startswith(("<frozen ", "<eval_with_key>", *_LIBRARIES)):
-        return 0
-    if any(part in filename for part in _INSTALLED):
-        return 1
-    return 0 if filename.startswith(_STDLIB) else 2
+    return whose_file(filename)
 
 
 _C.guard_whose_code(whose_code, torch.nn.Module.__call__.__code__)

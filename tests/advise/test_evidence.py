@@ -296,6 +296,9 @@ def test_modes_see_what_the_program_does():
     seen = []
     advice_of("def function(a, w, kept):\n    return a * w + 1\n", call)
     assert seen[-2:] == ["mul", "add"] and len([name for name in seen if name in ("mul", "add", "__get__", "stride")]) == 2
+    del seen[:]
+    advice_of("def function(a, w, kept):\n    h = a * w\n    h += w\n    return h + 1\n", call)  # and what is shown
+    assert seen[-3:] == ["mul", "add_", "add"] and "__get__" not in seen
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,9 @@ class Generator(engine.Generator):
         source = self.expression(depth)
         return source if depth == 1 and self.rng.random() < 0.5 else (source, ".clamp(-9, 9)")
 
+    def assignment(self, depth: int = DEPTH, var: Var | None = None) -> tuple[Any, ...]:
+        return (var or self.pick(), " = ", self.value(depth))
+
     def expression(self, depth: int) -> Any:
         if depth == 0 or self.rng.random() < 0.25:
             return self.atom()
@@ -166,7 +169,7 @@ class Rebind(Step):
     @classmethod
     def generate(cls, generator):
         if generator.known:
-            generator.add(cls((generator.pick(), " = ", generator.value())))
+            generator.add(cls(generator.assignment()))
 
 
 class Hold(Step):
@@ -183,9 +186,7 @@ class Branch(Step):
     @classmethod
     def generate(cls, generator):
         if generator.known:
-            one, other = generator.pick(), generator.pick()
-            first, second = generator.value(2), generator.value(2)
-            generator.add(cls(("if flag:\n    ", one, " = ", first, "\nelse:\n    ", other, " = ", second)))
+            generator.add(cls(("if flag:\n    ", generator.assignment(2), "\nelse:\n    ", generator.assignment(2))))
 
 
 class Loop(Step):
@@ -194,9 +195,7 @@ class Loop(Step):
     @classmethod
     def generate(cls, generator):
         if generator.known:
-            one, other = generator.pick(), generator.pick()
-            first, second = generator.value(2), generator.value(1)
-            generator.add(cls(("for t in [a, b]:\n    ", one, " = ", first, "\n    ", other, " = ", second)))
+            generator.add(cls(("for t in [a, b]:\n    ", generator.assignment(2), "\n    ", generator.assignment(1))))
 
 
 class Caught(Step):
@@ -207,11 +206,10 @@ class Caught(Step):
     @classmethod
     def generate(cls, generator):
         if generator.known:
-            one, other = generator.pick(), generator.pick()
-            before, after, last = (generator.value(depth) for depth in (2, 1, 2))
+            var = generator.pick()
             stop, kind = generator.rng.choice([("1 / flag", "except ZeroDivisionError"), ("kept", "finally")])
-            tried = ("try:\n    ", one, " = ", before, f"\n    {stop}\n    ", one, " = ", after)
-            generator.add(cls((*tried, f"\n{kind}:\n    ", other, " = ", last)))
+            tried = ("try:\n    ", generator.assignment(2, var), f"\n    {stop}\n    ", generator.assignment(1, var))
+            generator.add(cls((*tried, f"\n{kind}:\n    ", generator.assignment(2))))
 
 
 class Discard(Step):
@@ -228,7 +226,7 @@ class Unrecorded(Step):
     @classmethod
     def generate(cls, generator):
         if generator.known:
-            generator.add(cls(("with torch.no_grad():\n    ", generator.pick(), " = ", generator.value(2))))
+            generator.add(cls(("with torch.no_grad():\n    ", generator.assignment(2))))
 
 
 class Return(Step):
