@@ -235,6 +235,10 @@ def main(name, rank, store):
     PROGRAMS[name](int(rank))
     distributed.barrier()
     distributed.destroy_process_group()
+    # Past the end of the interpreter: gloo's threads outlive the group (DTensor's caches hold it), and one that lets go of a
+    # tensor while Python ends aborts the process, without guard too (https://github.com/pytorch/pytorch/issues/190489).
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
