@@ -73,6 +73,13 @@ def rank() -> int | None:
     return int(number) if number.isdecimal() and "WORLD_SIZE" in os.environ else None
 
 
+def of_this_rank(path: str) -> str:
+    """Ranks write files of their own: found.json becomes found.rank3.json."""
+    number = rank()
+    stem, extension = os.path.splitext(path)
+    return path if number is None else f"{stem}.rank{number}{extension}"
+
+
 @dataclass
 class Record:
     """What one process found."""

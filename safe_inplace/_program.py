@@ -13,7 +13,7 @@ import types
 import zipfile
 from collections.abc import Callable, Collection
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from typing import Any
+from typing import Any, TextIO
 
 Compile = Callable[[bytes, str], types.CodeType]
 
@@ -50,6 +50,14 @@ def _split(arguments: list[str], valued: Collection[str]) -> tuple[list[str], bo
             return arguments[:end], True, [name] * bool(name) + arguments[end + 1 :]
         end += 1 + (arguments[end] in valued)
     return arguments[:end], False, arguments[end + (arguments[end : end + 1] == ["--"]) :]
+
+
+def opened(command: argparse.ArgumentParser, option: str, path: str) -> TextIO:
+    """The file that an option names, before the program runs: for hours it would run for nothing."""
+    try:
+        return open(path, "w", encoding="utf-8", newline="")
+    except OSError as error:
+        command.error(f"{option} {path}: {error.strerror}")
 
 
 def script(argv: list[str], compile: Compile = _plain) -> Callable[[], None]:

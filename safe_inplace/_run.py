@@ -53,13 +53,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return command
 
 
-def _of_this_rank(path: str) -> str:
-    """Ranks write files of their own: found.json becomes found.rank3.json."""
-    rank = _process.rank()
-    stem, extension = os.path.splitext(path)
-    return path if rank is None else f"{stem}.rank{rank}{extension}"
-
-
 def _of_the_program(trace: TracebackType | None) -> TracebackType | None:
     while trace is not None and trace.tb_frame.f_code.co_filename in _OURS:
         trace = trace.tb_next
@@ -193,12 +186,7 @@ class _Run(_process.FirstGuard):
 def main(prog: str, arguments: list[str]) -> int:
     command = parser(prog)
     options, is_module, program = _program.parse(command, arguments, ("--on-hazard", "--json"))
-    file = None
-    if options.json:
-        try:
-            file = open(_of_this_rank(options.json), "w", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            command.error(f"--json {options.json}: {error.strerror}")
+    file = _program.opened(command, "--json", _process.of_this_rank(options.json)) if options.json else None
     loaded = load(prog, is_module, program)
     if isinstance(loaded, int):
         return loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class Advice:
     sites: int  # of which results were large
     against: Counter[str]
     left_alone: list[str]  # files
+    not_imported: list[str]  # packages that were to be looked into
 
     @property
     def changes(self) -> list[Change]:
@@ -105,7 +107,7 @@ def _choose(site: Site, seen: dict[str, Any]) -> Change | None:
     return Change(site, option, seen["calls"], seen["steps"], seen["largest"], gained[option], seen["eps"])
 
 
-def advice_from(found: dict[str, Any]) -> Advice:
+def advice_from(found: dict[str, Any], not_imported: Sequence[str] = ()) -> Advice:
     sources: dict[str, Source] = {}
     changes: dict[str, list[Change]] = {}
     large = [seen for seen in found["seen"] if seen["largest"] >= SMALLEST]
@@ -121,4 +123,5 @@ def advice_from(found: dict[str, Any]) -> Advice:
             against["seen in one step only"] += 1
         else:
             against[max(seen["against"], key=seen["against"].__getitem__, default="not always plain tensors")] += 1
-    return Advice([File(sources[name], changes[name]) for name in sorted(changes)], len(large), against, found["left alone"])
+    files = [File(sources[name], changes[name]) for name in sorted(changes)]
+    return Advice(files, len(large), against, found["left alone"], list(not_imported))

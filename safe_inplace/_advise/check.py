@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,9 @@ class Difference:
     def is_rounding(self) -> bool:
         return self.of_allowed <= 1.0
 
+
+# Of the values of the changed program, beside those of the plain one.
+Verdict = Literal["none to compare", "not repeated", "equal", "rounding", "more than rounding"]
 
 _UNLIKE = Difference(math.inf, math.inf, "what is there at all")
 
@@ -126,6 +129,22 @@ class Check:
     def differs(self) -> Difference:
         runs = [run for run in (self.guarded, *self.changed) if run.result["error"] is None or run is not self.guarded]
         return greatest(self.plain[0].apart_from(run, self.eps) for run in runs)
+
+    @property
+    def verdict(self) -> Verdict:
+        if not self.compared:
+            return "none to compare"
+        if self.repeats_itself.of_norm:
+            return "not repeated"
+        if not self.differs.of_norm:
+            return "equal"
+        return "rounding" if self.differs.is_rounding else "more than rounding"
+
+    @property
+    def is_right(self) -> bool:
+        """Nothing speaks against the changed program."""
+        stopped = self.guarded.result["error"] is not None and not self.itself_guarded_error
+        return not stopped and self.error is None and self.verdict != "more than rounding"
 
     def times(self) -> list[float]:
         """The time of a step, changed over plain, of each pair of runs."""

@@ -74,6 +74,7 @@ def run(task: dict[str, Any], program: list[str]) -> int:
     pid = os.getpid()
     record = Record() if task["what"] != "watch" else None
     compiled: dict[str, Any] = {}
+    finder = None
     if task["what"] == "watch":
         for name, function in ((PROBE, watch.probe), (CALLEE, watch.callee), (OPERAND, watch.operand)):
             setattr(builtins, name, function)
@@ -84,7 +85,8 @@ def run(task: dict[str, Any], program: list[str]) -> int:
     elif task["what"] == "changed":
         compiled["compile"] = Changed(task["chosen"])
     if compiled:
-        sys.meta_path.insert(0, Finder(compiled["compile"], task["include"]))
+        finder = Finder(compiled["compile"], task["include"])
+        sys.meta_path.insert(0, finder)
     loaded = _run.load(task["prog"], task["module"], program, **compiled)
     if isinstance(loaded, int):
         return loaded
@@ -98,7 +100,8 @@ def run(task: dict[str, Any], program: list[str]) -> int:
         error = None if raised is None else f"{type(raised).__qualname__}: {raised}"
         found: dict[str, Any] = {"status": status, "error": error}
         if record is None:
-            found |= watch.found(task["others"])
+            assert finder is not None
+            found |= watch.found(task["others"]) | {"not imported": sorted(finder.not_imported)}
         else:
             torch.save({"passes": record.passes, "calls": record.calls}, task["values"])
             found |= {"ends": record.ends, "peak": _peak()}

@@ -8,26 +8,31 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from .. import _program
+from .. import _process, _program
 from .advice import Advice, advice_from, here
 from .check import Check, Run
-from .report import advice_in_words, check_in_words, is_right
+from .facts import advice_as_dict, check_as_dict
+from .report import advice_in_words, check_in_words
 
 # With what it was started with, as multiprocessing does.
 _INTERPRETER = [sys.executable, *subprocess._args_from_interpreter_flags()]  # type: ignore[attr-defined]
 # Where the check speaks against the changed program.
 REFUTED = 87
+# Of the layout of the file that --json writes (docs/advise.md); raised when a key goes or changes its meaning.
+SCHEMA = 1
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog=prog,
-        usage=f"{prog} [--check] [--diff FILE] [--include PACKAGE] (script.py | -m module) [arguments of the program ...]",
+        usage=f"{prog} [--check] [--diff FILE] [--json FILE] [--include PACKAGE] "
+        "(script.py | -m module) [arguments of the program ...]",
         description="Run an unchanged program and say which of its sums and products could be in place, or one op for two.",
         epilog=f"The exit status is the program's own; with --check {REFUTED} where the changed program is not right.",
         allow_abbrev=False,
@@ -38,6 +43,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="run the program five times more, plain and changed, once of these under guard; compare values, time and memory",
     )
     command.add_argument("--diff", metavar="FILE", help="write the changes to FILE, for git apply or patch -p1")
+    command.add_argument("--json", metavar="FILE", help="write what was found to FILE, for machines")
     command.add_argument(
         "--include",
         metavar="PACKAGE",
@@ -99,27 +105,44 @@ class _Program:
 
 def main(prog: str, arguments: list[str]) -> int:
     command = parser(prog)
-    options, is_module, program = _program.parse(command, arguments, ("--diff", "--include"))
+    options, is_module, program = _program.parse(command, arguments, ("--diff", "--json", "--include"))
     if "torch" in options.include:
         command.error("--include torch: what watches a program is made of torch")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            return _advise(_Program(prog, options, is_module, program, Path(folder)), options, program[0])
-    except _Ended as ended:
-        print(f"{prog}: {ended}".rstrip(), file=sys.stderr)
-        return ended.status
+    with ExitStack() as stack:
+        diff, facts = (
+            stack.enter_context(_program.opened(command, option, _process.of_this_rank(path))) if path else None
+            for option, path in (("--diff", options.diff), ("--json", options.json))
+        )
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        try:
+            found = _advise(_Program(prog, options, is_module, program, folder), program[0], options.check, diff)
+        except _Ended as ended:
+            print(f"{prog}: {ended}".rstrip(), file=sys.stderr)
+            return ended.status
+        if facts is not None:
+            json.dump({**_versions(), "program": program, **found}, facts, indent=2, allow_nan=False)
+            facts.write("\n")
+        return found["status"]
 
 
-def _advise(program: _Program, options: argparse.Namespace, name: str) -> int:
+def _versions() -> dict[str, Any]:
+    from .. import __version__
+
+    return {"schema": SCHEMA, "safe_inplace": __version__, "torch": torch.__version__}
+
+
+def _advise(program: _Program, name: str, wants_check: bool, diff: TextIO | None) -> dict[str, Any]:
+    """What is found, and the status with which the command ends."""
     watched = program.run("watch", quiet=False)
-    advice = advice_from(watched)
+    advice = advice_from(watched, watched["not imported"])
     print(f"\n{advice_in_words(name, advice)}", flush=True)
-    if options.diff:
-        Path(options.diff).write_text(advice.diff() if advice.files else "", encoding="utf-8")
+    found = {"status": watched["status"], **advice_as_dict(advice), "check": None}
+    if diff is not None:
+        diff.write(advice.diff() if advice.files else "")
         if advice.files and advice.root() != here():
-            print(f"{options.diff} is to be applied in {advice.root()}")
-    if not options.check or not advice.changes or watched["status"]:
-        return watched["status"]
-    check = program.check(advice)
-    print(check_in_words(check))
-    return 0 if is_right(check) else REFUTED
+            print(f"{diff.name} is to be applied in {advice.root()}")
+    if wants_check and advice.changes and not watched["status"]:
+        check = program.check(advice)
+        print(check_in_words(check))
+        found |= {"status": 0 if check.is_right else REFUTED, "check": check_as_dict(check)}
+    return found

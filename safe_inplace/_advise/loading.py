@@ -29,12 +29,15 @@ class Finder(MetaPathFinder):
 
     def __init__(self, compile: Compile, include: Sequence[str]) -> None:
         self._compile = compile
+        self.not_imported = set(include)
         self._include = frozenset(include)
         self._behind: list[Any] = list(sys.meta_path)
 
     def is_meant(self, name: str, path: str) -> bool:
+        package = name.partition(".")[0]
+        self.not_imported.discard(package)
         whose = whose_file(path)
-        return whose == 2 or (whose == 1 and name.partition(".")[0] in self._include)
+        return whose == 2 or (whose == 1 and package in self._include)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         # Somebody may have put another list, or another finder around this one.

@@ -59,6 +59,7 @@ def advice_in_words(program: str, advice: Advice) -> str:
         lines.append("left as they are:")
         lines += [f"  {number:4d}  {why}" for why, number in advice.against.most_common()]
     lines += [f"not looked into, since it cannot be changed safely: {_path(name)}" for name in advice.left_alone]
+    lines += [f"--include {name}: the program imports no such package" for name in advice.not_imported]
     if advice.changes:
         lines.append("This is evidence of one run and no proof: other inputs may take other ways through the code.")
     elif not advice.against:
@@ -75,17 +76,17 @@ def check_in_words(check: Check) -> str:
         lines.append(f"  the changed program raises: {check.error}")
     itself, apart = check.repeats_itself, check.differs
     steps = _count(check.compared, "step")
-    if not check.compared:
+    if check.verdict == "none to compare":
         lines.append("  values: none to compare; the program has no backward pass and calls no module")
-    elif itself.of_norm:
+    elif check.verdict == "not repeated":
         lines.append(
             f"  values: the program does not repeat itself ({itself.where} differs by {itself.of_norm:.1e} of its norm); seed "
             "it, and what it computes can be compared"
         )
-    elif not apart.of_norm:
+    elif check.verdict == "equal":
         lines.append(f"  values: the first {steps} equal bit for bit")
     else:
-        verdict = "rounding" if apart.is_rounding else "MORE THAN ROUNDING"
+        verdict = check.verdict.upper() if check.verdict == "more than rounding" else check.verdict
         lines.append(f"  values: {verdict}; in the first {steps} {apart.where} differs most, by {apart.of_norm:.1e} of its norm")
     times = check.times()
     if times:
@@ -96,9 +97,3 @@ def check_in_words(check: Check) -> str:
     gain = "" if changed < plain else "; no gain in memory is shown"
     lines.append(f"  memory at the most: {bytes_in_words(changed)}, plain {bytes_in_words(plain)}{gain}")
     return "\n".join(lines)
-
-
-def is_right(check: Check) -> bool:
-    """Nothing speaks against the changed program."""
-    stopped = check.guarded.result["error"] is not None and not check.itself_guarded_error
-    return not stopped and check.error is None and (bool(check.repeats_itself.of_norm) or check.differs.is_rounding)

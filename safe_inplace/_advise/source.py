@@ -10,7 +10,7 @@ import tokenize
 from collections.abc import Sequence
 
 from .find import Site, find_sites, found_in, position_of
-from .flow import Flow, codes_in
+from .flow import Flow, Position, codes_in
 from .forms import Option
 from .writable import Shown, Writable
 
@@ -73,6 +73,20 @@ class Source:
         if site.in_parentheses and self.text[begin - 1 : begin] == b"(" and self.text[end : end + 1] == b")":
             return begin - 1, end + 1
         return begin, end
+
+    def replaced_text(self, site: Site) -> str:
+        """What `code` takes the place of."""
+        begin, end = self._replaced(site)
+        return self.text[begin:end].decode()
+
+    def place_of(self, site: Site) -> Position:
+        """Of that, in characters."""
+        line, end_line, _, _ = site.position
+        begin, end = self._replaced(site)
+        column, end_column = (
+            len(self.text[self._lines[number - 1] : at].decode()) for number, at in ((line, begin), (end_line, end))
+        )
+        return line, end_line, column, end_column
 
     def text_of(self, node: ast.expr) -> str:
         begin, end = self._extent(node)

@@ -1,12 +1,14 @@
 """What two runs of a program have in common, and what is said of it."""
 
+import json
 import math
 
 import pytest
 import torch
 
 from safe_inplace._advise.check import Check, Run, difference
-from safe_inplace._advise.report import check_in_words, is_right
+from safe_inplace._advise.facts import check_as_dict
+from safe_inplace._advise.report import check_in_words
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -90,7 +92,7 @@ def test_what_is_said():
     changed = [made(steps(), (1.0, 1.5, 2.0), peak=90 << 20), made(steps(), (1.0, 1.6, 2.2))]
     check = Check(plain, changed, made(steps()), EPS)
     said = check_in_words(check)
-    assert is_right(check)
+    assert check.is_right
     assert "under guard: no hazard" in said and "values: the first 1 step equal bit for bit" in said
     assert "time of a step: 0.52 of the plain one (by pairs of runs: 0.50, 0.55)" in said
     assert "memory at the most: 90.0 MiB, plain 100.0 MiB" in said and "no gain" not in said
@@ -105,28 +107,41 @@ def test_no_gain_is_said():
 def test_a_program_that_does_not_repeat_itself():
     check = Check([made(steps()), made(steps(lambda g: g * 2))], [made(steps(lambda g: g * 3))] * 2, made(steps()), EPS)
     assert "does not repeat itself (weight of step 1 differs by 1.0e+00 of its norm); seed it" in check_in_words(check)
-    assert is_right(check)
+    assert check.is_right
 
 
 def test_another_value_is_refuted_whichever_run_has_it():
     plain, wrong = [made(steps())] * 2, made(steps(lambda g: g * 2))
     for check in (Check(plain, plain, wrong, EPS), Check(plain, [plain[0], wrong], plain[0], EPS)):
-        assert not is_right(check)
+        assert not check.is_right
         assert "values: MORE THAN ROUNDING; in the first 1 step weight of step 1 differs most" in check_in_words(check)
 
 
 def test_a_hazard_is_refuted_but_for_the_programs_own():
     plain, stopped = [made(steps())] * 2, made([], error="HazardError: a write")
-    assert not is_right(Check(plain, plain, stopped, EPS))
+    assert not Check(plain, plain, stopped, EPS).is_right
     own = Check(plain, plain, stopped, EPS, "HazardError: a write")
-    assert is_right(own)
+    assert own.is_right
     assert "under guard: HazardError: a write; of the program as it is: HazardError: a write" in check_in_words(own)
 
 
 def test_a_changed_program_that_raises():
     plain, raised = [made(steps())] * 2, made([], error="RuntimeError: a leaf")
     check = Check(plain, [plain[0], raised], plain[0], EPS)
-    assert not is_right(check) and "the changed program raises: RuntimeError: a leaf" in check_in_words(check)
+    assert not check.is_right and "the changed program raises: RuntimeError: a leaf" in check_in_words(check)
+
+
+def test_what_machines_are_told():
+    plain = [made(steps()), made(steps())]
+    for changed, verdict, of_norm in (
+        (steps(), "equal", 0.0),
+        (steps(lambda g: g * 2), "more than rounding", 1.0),
+        ([], "more than rounding", None),
+    ):
+        told = check_as_dict(Check(plain, [made(changed)] * 2, made(steps()), EPS))
+        assert told["values"] == verdict and told["apart"]["of_norm"] == of_norm
+        assert told["right"] is (verdict == "equal") and told["plain_apart"] == {"where": "nothing", "of_norm": 0.0}
+        json.dumps(told, allow_nan=False)
 
 
 def test_nothing_to_compare():

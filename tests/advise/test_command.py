@@ -1,6 +1,7 @@
 """python -m safe_inplace advise: whole programs, as they are and changed."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -92,7 +93,7 @@ def advise(monkeypatch, capfd):
 
 def test_a_program_and_what_is_advised(program, advise):
     plain = run(program, "train.py", "--fast", python=())
-    done = advise(program, "--check", "--diff", "found.diff", "train.py", "--fast")
+    done = advise(program, "--check", "--diff", "found.diff", "--json", "found.json", "train.py", "--fast")
     assert done.returncode == 0, done.stderr
     told = done.stdout
     assert told.startswith(plain.stdout)
@@ -106,6 +107,12 @@ def test_a_program_and_what_is_advised(program, advise):
     assert re.search(r"values: rounding; in the first 2 steps .+ of step \d differs most, by \d\.\de-0[678] of its norm", told)
     assert re.search(r"time of a step: \d+\.\d\d of the plain one \(by pairs of runs: \d+\.\d\d, \d+\.\d\d\)", told)
     assert re.search(r"memory at the most: \d+\.\d MiB, plain \d+\.\d MiB", told)
+    found = json.loads((program / "found.json").read_text())
+    assert found["program"] == ["train.py", "--fast"] and len(found["changes"]) == 3
+    check, documented = found["check"], documented_file()["check"]
+    assert {name: type(value) for name, value in check.items()} == {name: type(value) for name, value in documented.items()}
+    assert all(check[name].keys() == documented[name].keys() for name in ("apart", "plain_apart", "peak_bytes"))
+    assert check["right"] and check["values"] == "rounding" and check["apart"]["of_norm"] < 1e-5
 
     # The changes as a patch.
     subprocess.run(["git", "apply", "found.diff"], cwd=program, check=True)
@@ -120,7 +127,39 @@ def test_the_page(tmp_path, advise):
     text, said = re.search(r"```python\n(.*?)```\n\nit says\n\n```text\n(.*?)```", page, re.DOTALL).groups()
     write(tmp_path, text)
     (tmp_path / "program.py").rename(tmp_path / "train.py")
-    assert advise(tmp_path, "train.py").stdout.strip() == said.strip()
+    assert advise(tmp_path, "--json", "found.json", "train.py").stdout.strip() == said.strip()
+    found, documented = json.loads((tmp_path / "found.json").read_text()), documented_file()
+    for change in found["changes"]:
+        lines = text.splitlines()[change["lineno"] - 1 : change["end_lineno"]]
+        begin, end = change["columns"]
+        assert "\n".join([*lines[:-1], lines[-1][:end]])[begin:] == change["source"]
+        change["filename"] = change["filename"].replace(str(tmp_path.resolve()), "/home/me")
+    assert found["changes"][0] == documented["changes"][0] and found["check"] is None
+    for name in ("changes", "check", "torch", "safe_inplace"):
+        assert found.keys() == documented.keys() or name not in found
+        del found[name], documented[name]
+    assert found == documented
+
+
+def documented_file():
+    page = (ROOT / "docs" / "advise.md").read_text()
+    (example,) = re.findall(r"^```json\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    return json.loads(example)
+
+
+@pytest.mark.parametrize("option", ["--json", "--diff"])
+def test_a_file_that_cannot_be_written_is_said_before_anything_runs(option, tmp_path, advise, capfd):
+    write(tmp_path, "print('it runs')")
+    with pytest.raises(SystemExit, match="2"):
+        advise(tmp_path, option, "no/such/folder.txt", "program.py")
+    printed = capfd.readouterr()
+    assert printed.out == "" and f"{option} no/such/folder.txt: No such file or directory" in printed.err
+
+
+def test_characters_that_are_more_than_a_byte_and_lines_that_share_an_expression():
+    source = Source("x = 1\nä = f('é', ((x *\n 2) + 1).y())\n".encode(), "program.py")
+    (site,) = source.sites
+    assert source.place_of(site) == (2, 3, 11, 8) and source.replaced_text(site) == "((x *\n 2) + 1)"
 
 
 def test_a_changed_program_that_computes_something_else(tmp_path, advise):
@@ -302,8 +341,10 @@ def test_what_is_not_looked_into(tmp_path, advise):
     )
     told = advise(tmp_path, "program.py").stdout
     assert "0 changes found, among 0" in told and "not looked into, since it cannot be changed safely: own.py" in told
-    told = advise(tmp_path, "--include", "other", "program.py").stdout
+    assert "--include" not in told
+    told = advise(tmp_path, "--include", "other", "--include", "othr", "program.py").stdout
     assert "site-packages/other/__init__.py:2 in twice" in told
+    assert "--include othr: the program imports no such package" in told and "--include other" not in told
     with pytest.raises(SystemExit, match="2"):
         advise(tmp_path, "--include", "torch", "program.py")
 
