@@ -17,7 +17,7 @@ from .. import _C
 from . import steps
 from .find import Site
 from .forms import Option
-from .fresh import PLAIN
+from .fresh import PLAIN, is_one_of
 
 # Nobody would notice what smaller results gain.
 SMALLEST = 64 * 1024
@@ -37,7 +37,7 @@ _DEFAULT = torch._C._autograd.CreationMeta.DEFAULT
 
 def is_plain(value: Any) -> bool:
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return type(value) in PLAIN and value.layout == torch.strided and not value.is_nested and not wrapped(value)
+    return is_one_of(value, PLAIN) and value.layout == torch.strided and not value.is_nested and not wrapped(value)
 
 
 def _may_be_written(tensor: torch.Tensor) -> bool:
@@ -83,10 +83,10 @@ class Seen:
         self.against[why] += 1
 
     def refute_unsure(self, operand: int) -> None:
-        """What the operand holds was not always made by who makes new tensors alone."""
+        """What the operand holds was not always made, and read, by who makes new tensors alone."""
         left = {option: gain for option, gain in self.gained.items() if option.writes != operand}
         if self.gained and not left:
-            self.against["what could be written comes from a call that may return what it was given"] = self.calls
+            self.against["who made or read what could be written may, another time, keep or return what it got"] = self.calls
         self.gained = left
 
     def run(self, operands: tuple[Any, ...]) -> Any:
@@ -152,7 +152,7 @@ class Seen:
             if is_plain(value):
                 if value.dtype != result.dtype or value.device != result.device:
                     return "operands of several dtypes or devices"
-            elif type(value) not in NUMBERS:
+            elif not is_one_of(value, NUMBERS):
                 return "an operand is neither a plain tensor nor a number"
         if not (result.is_floating_point() or result.is_complex()):
             return "whole numbers"

@@ -48,6 +48,10 @@ class Flow:
         """How often, in a module, a class, or as a global variable."""
         return sum(each.opname in _BIND and each.argval == name for each in self._instructions)
 
+    def mentions(self, name: str) -> bool:
+        """As a variable of the module, a class, or as an attribute of something."""
+        return name in self.code.co_names
+
     @cached_property
     def may_bind_anything(self) -> bool:
         """Global variables, without naming them."""
@@ -86,30 +90,31 @@ class Flow:
         return True
 
     def sources(self, name: str, index: int, kept_through: Collection[Position]) -> set[Position] | None:
-        """The places that have bound the value which the variable has at that instruction; None where it may come from elsewhere,
-        or is read on some of the ways in between and not on others: who reads it may keep it. What is bound at `kept_through` is
-        what the variable was before: `x += y`."""
+        """The places that have bound the value which the variable has at that instruction; None where it may come from elsewhere.
+        What is bound at `kept_through` is what the variable was before: `x += y`."""
         if not self._is_known(name):
             return None
         found, passed = self._backward(name, index, kept_through)
         # In a module a name that may be unbound has come from elsewhere.
         if None in found or (0 in passed and (self.is_module or name in self._arguments())):
             return None
-        reads = [at for at in passed if self._access(name, at) == "LOAD"]
-        if any(self._backward(name, index, kept_through, without=at)[0] - {*kept_through} for at in reads):
-            return None
         return {position for position in found if position is not None}
 
-    def _backward(
-        self, name: str, index: int, kept_through: Collection[Position], without: int = -1
-    ) -> tuple[set[Position | None], set[int]]:
-        """Where the variable was bound, and all instructions from there to `index`, on ways that do not lead over `without`."""
+    def reads(self, name: str, index: int, kept_through: Collection[Position]) -> Iterator[tuple[Position | None, bool]]:
+        """Where the value that the variable has at that instruction is read before, on whatever way; and whether it is read just
+        there. An instruction that is for two variables has the place of one of them; both are in one line."""
+        for at in self._backward(name, index, kept_through)[1]:
+            if self._access(name, at) == "LOAD":
+                yield self._position(at), not isinstance(self._instructions[at].argval, tuple)
+
+    def _backward(self, name: str, index: int, kept_through: Collection[Position]) -> tuple[set[Position | None], set[int]]:
+        """Where the variable was bound, and all instructions from there to `index`, on whatever way."""
         found: set[Position | None] = set()
         passed: set[int] = set()
         waiting = [index]
         while waiting:
             at = waiting.pop()
-            if at in passed or at == without:
+            if at in passed:
                 continue
             if self._access(name, at) == "STORE":
                 position = self._position(at)

@@ -1,4 +1,4 @@
-"""Who always returns a tensor in memory of its own: never an argument, a view of one, or what it keeps."""
+"""Who always returns a tensor in memory of its own, never an argument, a view of one, or what it keeps; and keeps no argument."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from .. import ops
 
 # Not their subclasses, which may do anything.
 PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def is_one_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """By identity: a program's own classes may say that they equal any other."""
+    kind = type(value)
+    return any(kind is each for each in kinds)
 
 
 def _named(names: str, *spaces: Any) -> list[Any]:
@@ -42,9 +48,10 @@ _OF_MODULES = """
     LeakyReLU Linear LogSoftmax MaxPool1d MaxPool2d MaxPool3d Mish RMSNorm ReLU ReLU6 SELU SiLU Sigmoid Softmax Softplus
     Softsign Tanh
 """
-_METHODS = frozenset(_NAMES.split())
+METHODS = frozenset(_NAMES.split())
+MODULES = frozenset(_OF_MODULES.split())
 # What they run when this is imported: somebody may put another forward, or another function, in its place.
-_FORWARDS = {module: module.forward for module in _named(_OF_MODULES, nn)}
+_FORWARDS = {id(module): module.forward for module in (*_named(_OF_MODULES, nn), nn.Sequential)}
 _CALL = nn.Module.__call__
 _OF_F = {name: function for name, function in vars(functional).items() if callable(function)}
 _OURS = _named("add add_mul addcmul mul mul_add", ops)
@@ -58,19 +65,25 @@ def is_fresh(callee: Any) -> bool:
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return False
     kind = type(callee)
-    if kind is nn.Sequential:
-        return _is_plain_module(callee) and len(callee) > 0 and is_fresh(callee[-1])
-    if kind in _FORWARDS:
-        return _is_plain_module(callee) and kind.forward is _FORWARDS[kind] and not callee.__dict__.get("inplace", False)
+    if id(kind) in _FORWARDS:
+        if not _is_plain_module(callee) or kind.forward is not _FORWARDS[id(kind)]:
+            return False
+        # The first is given the argument, and what the last returns is returned.
+        ends = [] if kind is not nn.Sequential else [callee[0], callee[-1]] if len(callee) else [None]
+        return not callee.__dict__.get("inplace", False) and all(map(is_fresh, ends))
     if kind is types.BuiltinMethodType and isinstance(callee.__self__, torch.Tensor):
-        return type(callee.__self__) in PLAIN and callee.__name__ in _METHODS
+        return is_one_of(callee.__self__, PLAIN) and callee.__name__ in METHODS
     return id(callee) in _FUNCTIONS
 
 
 def _is_plain_module(module: nn.Module) -> bool:
-    if module._forward_hooks or "forward" in module.__dict__ or type(module).__call__ is not _CALL:
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ or type(module).__call__ is not _CALL:
         return False
-    hooks = nn.modules.module._global_forward_hooks.values()
+    held = (*module._parameters.values(), *module._buffers.values())
+    if not all(value is None or is_one_of(value, PLAIN) for value in held):
+        return False
+    every = nn.modules.module
+    hooks = (*every._global_forward_hooks.values(), *every._global_forward_pre_hooks.values())
     return all(any(hook is own for own in own_hooks) for hook in hooks) and all(
         getattr(functional, name, None) is function for name, function in _OF_F.items()
     )

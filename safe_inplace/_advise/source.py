@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from .find import Site, find_sites, found_in, position_of
 from .flow import Flow, Position, codes_in
 from .forms import Option
-from .writable import Shown, Writable
+from .readers import Shown
+from .writable import Writable
 
 _NAME = "safe_inplace"
 _BETWEEN = re.compile(rb"[\s()+*-]*")
@@ -38,6 +39,7 @@ class Source:
             for operand, shown in writable.operands_of(site).items():
                 self.shown += [each for each in shown if each not in self.shown]
                 site.writable[operand] = list(map(self.shown.index, shown))
+        self.settled = list(map(writable.is_settled, self.shown))
 
     def _is_plain(self) -> bool:
         """The columns that the interpreter counts are the file's own bytes."""

@@ -13,7 +13,7 @@ from torch.nn.modules import module as modules
 from torch.utils import _pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .fresh import PLAIN, own_hooks
+from .fresh import PLAIN, is_one_of, own_hooks
 
 # Of these first steps all values are compared: later ones have gone apart by rounding.
 COMPARED = 2
@@ -49,7 +49,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_kept(value: Any) -> TypeGuard[torch.Tensor]:
-    return type(value) in PLAIN and not value.is_nested
+    return is_one_of(value, PLAIN) and not value.is_nested
 
 
 def is_gradient(name: str) -> bool:
@@ -138,8 +138,9 @@ def counted(record: Record | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(modules.register_module_forward_pre_hook(before).remove)
         stack.callback(modules.register_module_forward_hook(after, always_call=True).remove)
-        own_hooks.append(after)
-        stack.callback(own_hooks.remove, after)
+        for hook in (before, after):
+            own_hooks.append(hook)
+            stack.callback(own_hooks.remove, hook)
         stack.callback(setattr, torch.autograd, "backward", backward)
         torch.autograd.backward = passing  # type: ignore[assignment]
         yield

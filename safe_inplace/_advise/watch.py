@@ -7,18 +7,17 @@ import mmap
 import os
 import threading
 from dataclasses import dataclass
-from types import CodeType
+from types import BuiltinMethodType, CodeType
 from typing import Any
 
 import torch
 
 from .evidence import NUMBERS, Seen, is_plain
-from .fresh import is_fresh
+from .fresh import is_fresh, is_one_of
 from .instrument import instrumented
 from .source import Source
 
 _ELSEWHERE = "it also runs where it is not watched: compiled, traced, or in another process"
-
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class _File:
 _lock = threading.Lock()  # a forked process watches nothing, and does not ask for it
 _files: dict[str, _File] = {}
 _seen: list[Seen] = []
-_shown: list[set[bool]] = []  # of what decides whether a new tensor is made: did it say so?
+_shown: list[set[bool]] = []  # of what decides whether a new tensor is made, and nobody keeps it: did it say so?
+_settled: list[bool] = []  # of the same: is it always this one that is called?
 _left_alone: set[str] = set()
 
 # A flag for each site that has run where nothing can be seen of it.
@@ -59,6 +59,7 @@ def watch(source: Source) -> ast.Module:
             _files[name] = _File(source, len(_seen), len(_shown))
             _seen.extend(Seen(name, site) for site in source.sites)
             _shown.extend(set() for _ in source.shown)
+            _settled.extend(source.settled)
         file = _files[name]
         if source.left_alone or file.source.text != source.text:
             _left_alone.add(name)
@@ -68,7 +69,7 @@ def watch(source: Source) -> ast.Module:
 
 def forget() -> None:
     """All that was watched."""
-    for each in (_files, _seen, _shown, _left_alone):
+    for each in (_files, _seen, _shown, _settled, _left_alone):
         each.clear()  # type: ignore[attr-defined]
     _elsewhere[:] = bytes(len(_elsewhere))
 
@@ -86,7 +87,8 @@ def probe(number: int, form: str, *operands: Any) -> Any:
 def callee(number: int, function: Any) -> Any:
     """Stands around what the program calls there, and returns it."""
     if not torch.compiler.is_compiling():
-        _shown[number].add(is_fresh(function))
+        is_method = type(function) is BuiltinMethodType and isinstance(function.__self__, torch.Tensor)
+        _shown[number].add(is_fresh(function) and (is_method or _settled[number]))
     return function
 
 
@@ -94,7 +96,7 @@ def operand(number: int, value: Any) -> Any:
     """Stands around what the program computes with there, and returns it."""
     if not torch.compiler.is_compiling():
         with torch._C.DisableTorchFunction():  # what modes see is the program's own
-            _shown[number].add(type(value) in NUMBERS or is_plain(value))
+            _shown[number].add(is_one_of(value, NUMBERS) or is_plain(value))
     return value
 
 

@@ -216,18 +216,18 @@ def test_what_runs_last(tmp_path, advise):
         import deep
         import torch
 
-        def keep(h, kept):
+        def keep(kept):
             if "held" in kept:
-                kept.append(h)
+                kept.append(sys._getframe(1).f_locals["h"])
 
         def f(x, kept):
             h = x.sin()
-            keep(h, kept)
+            keep(kept)
             return h + 1
 
         def g(x, kept):
             h = x.sin()
-            keep(h, kept)
+            keep(kept)
             return h + 1
 
         for _ in range(2):

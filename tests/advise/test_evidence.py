@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import sys
 import textwrap
 import weakref
 
@@ -30,7 +31,7 @@ assert torch.empty(SHAPE).nbytes == SMALLEST
 
 def advised(body, *, calls=2, arguments=None, **names):
     """The code that is advised for the function of that body, after some calls."""
-    text = f"def function(a, w, kept):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
+    text = f"import torch\ndef function(a, w, kept):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
     given = {"torch": torch, "weakref": weakref, "functools": functools, "turn": itertools.cycle([0, 1]), **names}
 
     def call(function):
@@ -51,10 +52,9 @@ WRITTEN = {
     "after a write": "h = a - w\nh += 1\nreturn h + 1",
     "made by a function": "h = torch.nn.functional.gelu(a)\nreturn h + 1",
     "made by a method": "h = a.sin()\nreturn h + 1",
-    "made by a module": "h = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(128, 128))(a)\nreturn h + 1",
+    "made by a module": "h = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(128, 128))(a)\nreturn h + 1",
     "made by one of two": "h = a.sin() if next(turn) else -a\nreturn h + 1",
     "in a loop": "h = a - w\nfor _ in range(3):\n    h = h + 1\nreturn h",
-    "after another name of it went": "h = a - w\ng = h\ndel g\nreturn h + 1",
     "without a record": "with torch.no_grad():\n    h = a - w\n    return h + 1",
     "of inference": "with torch.inference_mode():\n    h = a - w\n    return h + 1",
     "what backward has no use for": "h = a - w\ng = h.sin().detach() - w\nreturn g + 1",
@@ -132,6 +132,13 @@ UNSURE = {
     "from another operator": "h = a.bool() | a.bool()\nreturn h + 1",
     "after an assignment of the program's own": "h = a - w\nh += own\nreturn h + 1",
     "after another assignment": "h = a - w\nh @= own\nreturn h + 1",
+    "from a module that is another with other arguments": "h = given(a)\nreturn h + 1",
+    "from a function that is another with other arguments": "sin = torch.sin\nh = sin(a)\nreturn h + 1",
+    "read by another name": "h = a - w\ng = h\ndel g\nreturn h + 1",
+    "read by somebody's function": "h = a - w\nstr(h)\nreturn h + 1",
+    "read by a module that may keep it": "h = a - w\ng = torch.nn.Dropout()(h).sum()\nreturn h + 1",
+    "read by an operator of the program's own": "h = a - w\ng = h * own\nreturn h + 1",
+    "of another dtype, maybe": "h = a - w\ng = h.double()\nr = h + 1\nreturn r, g",
     "read on one way": "h = a - w\nif len(kept) > 5:\n    kept.append(h)\nreturn h + 1",
     "read in a loop": "h = a - w\nfor _ in range(len(kept)):\n    kept.append(h)\nreturn h + 1",
     "from a forward that somebody changed": "h = changed(a)\nreturn h + 1",
@@ -150,11 +157,11 @@ def test_what_may_have_been_there_before_is_not_written(body, monkeypatch):
         def __neg__(self):
             return torch.rand(SHAPE)
 
-        __radd__ = __rmatmul__
+        __radd__ = __rmul__ = __rmatmul__
 
     changed = torch.nn.Linear(128, 128)
     monkeypatch.setattr(torch.nn.Linear, "forward", torch.nn.Linear.forward if "changed" not in body else lambda m, x: x * 1)
-    codes = advised(body, Own=Own, own=Operator(), changed=changed)
+    codes = advised(body, Own=Own, own=Operator(), changed=changed, given=torch.nn.Linear(128, 128))
     assert [code for code in codes if code.startswith(("add_(h", "add_(a"))] == []
 
 
@@ -239,10 +246,13 @@ def test_a_file_that_changes_is_left_alone():
 
 
 def test_once_held_is_held():
-    body = "h = a - w\nkeep(h)\nreturn h + 1"
-    assert advised(body, calls=5, keep=str) == ["add_(h, 1)"]
-    turns = iter([str, str, [].append, str, str])
-    assert advised(body, calls=5, keep=lambda h: next(turns)(h)) == []
+    def keep():
+        return kept.append(sys._getframe(1).f_locals["h"]) if next(turns) else None
+
+    kept = []
+    for held in (False, True):
+        turns = iter([False, False, held, False, False])
+        assert advised("h = a - w\nkeep()\nreturn h + 1", calls=5, keep=keep) == ([] if held else ["add_(h, 1)"])
 
 
 def test_seen_once_is_no_evidence():

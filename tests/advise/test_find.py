@@ -249,7 +249,161 @@ def test_read_again(body):
     assert False in is_dead(body)
 
 
+# What is done with x before `x + 1`, by who keeps nothing of it whatever way the program takes, and by who may.
+NOT_KEPT = [
+    "y = x.shape",
+    "y = x.T.sum()",
+    "y = x.sin()",
+    "y = x.view(-1).sum(dim=0)",
+    "y = x[0, :2].float().mean()",
+    "x.relu_()",
+    "x.detach().mul_(y)",
+    "y = x * y",
+    "y = -x",
+    "y = -(x + y) / 2",
+    "y = x.reshape(-1) @ y",
+    "x += y",
+    "y = x is None or not x",
+    "y = x < 0",
+    "y = torch.sin(x)",
+    "y = torch.clamp(input=x, min=0)",
+    "y = self.norm(x)",
+    "if x.isnan().any():\n    raise ValueError(x.shape)",
+    "while x is None:\n    y = 3",
+    "assert x.ndim == 2, f'{x.ndim}'",
+    "y = f(x.mean())",
+    "y = (x if y else y).exp()",
+    "x = torch.sin(f(x))",
+    "g(x)\nx = y * z",
+    "if y:\n    y = x.sum()",
+    "y = x.shape; z = y",
+    "y = [t.size(0) for t in y]",
+]
+KEPT = [
+    "g(x)",
+    "y = x",
+    "y = x.float()",
+    "y = x[0]",
+    "y = x.T",
+    "y = [x]",
+    "y = self.norm(x.contiguous, x)",
+    "y = self.drop(x).sum()",
+    "y = max(x, y)",
+    "y = super().forward(x)",
+    "y = torch.sin(y, out=x)",
+    "y = torch.sin(**{'input': x})",
+    "y = x.sin(out=z)",
+    "y = x.numpy()",
+    "y = x.grad_fn",
+    "y = x @ y if z else x",
+    "y = x in z",
+    "y[0] = x",
+    "y += x",
+    "y = z[x]",
+    "y = (x, 1)[0].sum()",
+    "y = +x",
+    "yield x",
+    "for t in x: y = t",
+    "with x: y = 1",
+    "y = f'{x}'",
+    "y = [x for t in y]",
+    "y = lambda: x",
+    "match x:\n    case [1]: y = 2",
+    "(y := x).sum()",
+    "raise_(*x)",
+    "y = x, x",
+    "y = 1; z = x; g = z",
+]
+
+
+def is_writable(body, line=None):
+    text = "import torch\nclass M:\n    def __init__(self):\n        self.norm = torch.nn.LayerNorm(3)\n"
+    lines = ["    def function(self, f, g, y, z):", "x = torch.cos(z)", *body.split("\n"), line or "r = x + 1", "return r, y, z"]
+    source = Source("\n        ".join([text + lines[0], *lines[1:], ""]).encode(), "program.py")
+    (found,) = [site for site in source.sites if source.text_of(site.node) == "x + 1"]
+    return any(all(source.settled[each] for each in shown) for shown in found.writable.values())
+
+
+@pytest.mark.parametrize("body", NOT_KEPT)
+def test_who_keeps_nothing(body):
+    assert is_writable(body)
+
+
+@pytest.mark.parametrize("body", KEPT)
+def test_who_may_keep_it(body):
+    assert not is_writable(body)
+
+
+@pytest.mark.parametrize(
+    "line, may",
+    [
+        ("r = x.float() * (x + 1)", False),  # it waits for the sum
+        ("r = y * f(x.T, z=x + 1)", False),
+        ("r = [x.data, x + 1]", False),
+        ("r = x.mean() * (x + 1)", True),
+        ("r = f(x.T.sum(), x + 1)", True),
+        ("r = (x + 1 if x.ndim else x)", True),
+    ],
+)
+def test_who_waits_for_the_sum(line, may):
+    assert is_writable("pass", line) is may
+
+
+SETTLED = {
+    "torch.sin(x)": True,
+    "F.gelu(x)": True,
+    "sin(x)": True,
+    "self.norm(x)": True,
+    "self.either(x)": True,
+    "self.mlp(x)": True,
+    "nn.Linear(2, 2)(x)": True,
+    "f(x)": False,  # an argument
+    "made(x)": False,  # of this file
+    "twice(x)": False,  # bound by two
+    "x.sin(x)": False,  # a method tells itself what it is
+    "self.other.norm(x)": False,
+    "self.given(x)": False,
+    "self.maybe(x)": False,
+    "self.rebound(x)": False,
+    "self.relu(x)": False,
+    "self.unknown(x)": False,
+    "self.dropped(x)": False,
+    "nn.Identity()(x)": False,
+}
+
+
+@pytest.mark.parametrize("call", SETTLED)
+def test_who_is_always_called(call):
+    text = f"""
+        import torch, torch.nn.functional as F
+        from torch import nn, sin
+        from math import twice
+        def twice(x): ...
+        def made(x): ...
+        class Other(nn.Module):
+            def __init__(self):
+                self.unknown = nn.Linear(2, 2)
+        class Block(nn.Module):
+            def __init__(self, given, flag):
+                self.norm = nn.LayerNorm(2)
+                self.either: nn.Module = nn.Linear(2, 2) if flag else nn.Linear(2, 2, bias=False)
+                self.mlp = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
+                self.dropped = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+                self.given = given
+                self.maybe = nn.LayerNorm(2) if flag else nn.Identity()
+                self.rebound, self.more = nn.Linear(2, 2), nn.Linear(2, 2)
+                self.relu = nn.ReLU(inplace=flag)
+            def forward(self, x, f):
+                h = {call}
+                return h + 1
+    """
+    source = Source(textwrap.dedent(text).encode(), "program.py")
+    assert source.settled == [SETTLED[call]]
+
+
 FROM_ELSEWHERE = [
+    "def f():\n    kept.append(x)\nx = y @ y\nx = x + 1",
+    "import shared\ndef f():\n    kept.append(shared.x)\nx = y @ y\nx = x + 1",
     "x = y @ y\nfrom shared import *\nx = x + 1",
     "if y:\n    x = y @ y\nx = x + 1",
     "x = y @ y\nglobals()['x'] = z\nx = x + 1",
