@@ -113,8 +113,9 @@ class Check:
 
     @property
     def compared(self) -> int:
+        """Steps with values that can be compared."""
         values = self.plain[0].values
-        return len(values["passes"]) or len(values["calls"])
+        return sum(map(bool, values["passes"])) or sum(map(bool, values["calls"]))
 
     @property
     def error(self) -> str | None:

@@ -77,7 +77,7 @@ def check_in_words(check: Check) -> str:
     itself, apart = check.repeats_itself, check.differs
     steps = _count(check.compared, "step")
     if check.verdict == "none to compare":
-        lines.append("  values: none to compare; the program has no backward pass and calls no module")
+        lines.append("  values: none to compare; there is no backward pass, and no tensor that a module of the program returns")
     elif check.verdict == "not repeated":
         lines.append(
             f"  values: the program does not repeat itself ({itself.where} differs by {itself.of_norm:.1e} of its norm); seed "

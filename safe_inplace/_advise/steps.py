@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any, TypeGuard
 
 import torch
 from torch.nn.modules import module as modules
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .fresh import PLAIN, is_one_of, own_hooks
 
 # Of these first steps all values are compared: later ones have gone apart by rounding.
 COMPARED = 2
+
+_CALL = torch.nn.Module._call_impl.__code__
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -42,14 +48,37 @@ def are_counted() -> bool:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    plain = tensor.detach()
-    if plain.layout != torch.strided:
-        plain = plain.to_dense()
-    return plain.to("cpu", copy=True)
+    with torch._C.DisableTorchFunction(), _disable_current_modes():  # what modes see is the program's own
+        plain = tensor.detach()
+        if plain.layout != torch.strided:
+            plain = plain.to_dense()
+        for dim, stride in enumerate(plain.stride()):
+            if stride == 0 and plain.size(dim) > 1:  # expanded: one is like the others
+                plain = plain.narrow(dim, 0, 1)
+        return plain.to("cpu", copy=True)
 
 
 def _is_kept(value: Any) -> TypeGuard[torch.Tensor]:
-    return is_one_of(value, PLAIN) and not value.is_nested
+    """It has values of its own that can be compared."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return is_one_of(value, PLAIN) and not (value.is_nested or value.is_meta or value.is_quantized or wrapped(value))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    for leaf in _pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _leaves(dict(vars(leaf)))
+        else:
+            yield leaf
+
+
+def _is_outermost(frame: FrameType | None) -> bool:
+    """Of a module's call. Counted on the stack: a call may end by what no hook is told of, or in another thread."""
+    calls = 0
+    while frame is not None and calls < 2:
+        calls += frame.f_code is _CALL
+        frame = frame.f_back
+    return calls < 2
 
 
 def is_gradient(name: str) -> bool:
@@ -70,7 +99,7 @@ class Record:
         if len(self.passes) < COMPARED:
             self._modules[module] = None
         if len(self.calls) < COMPARED:
-            tensors = [each for each in _pytree.tree_leaves(output) if _is_kept(each)]
+            tensors = [each for each in _leaves(output) if _is_kept(each)]
             self.calls.append([(f"output {i}", _copy(tensor)) for i, tensor in enumerate(tensors)])
 
     def passed(self, roots: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
@@ -106,20 +135,10 @@ class Record:
 @contextmanager
 def counted(record: Record | None = None) -> Iterator[None]:
     """Counts the steps of what runs within, and records them."""
-    depth = 0
     backward = torch.autograd.backward
 
-    def before(module: torch.nn.Module, args: Any) -> None:
-        nonlocal depth
-        if not torch.compiler.is_compiling():
-            depth += 1
-
     def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-        nonlocal depth
-        if torch.compiler.is_compiling():
-            return
-        depth -= 1
-        if depth == 0:
+        if not torch.compiler.is_compiling() and _is_outermost(sys._getframe()):
             _Counted.calls += 1
             if record is not None:
                 record.called(module, output)
@@ -136,11 +155,9 @@ def counted(record: Record | None = None) -> Iterator[None]:
             record.passed(roots, leaves)
 
     with ExitStack() as stack:
-        stack.callback(modules.register_module_forward_pre_hook(before).remove)
-        stack.callback(modules.register_module_forward_hook(after, always_call=True).remove)
-        for hook in (before, after):
-            own_hooks.append(hook)
-            stack.callback(own_hooks.remove, hook)
+        stack.callback(modules.register_module_forward_hook(after).remove)
+        own_hooks.append(after)
+        stack.callback(own_hooks.remove, after)
         stack.callback(setattr, torch.autograd, "backward", backward)
         torch.autograd.backward = passing  # type: ignore[assignment]
         yield

@@ -148,3 +148,5 @@ def test_nothing_to_compare():
     runs = [made([], times=())] * 2
     said = check_in_words(Check(runs, runs, made([], times=()), EPS))
     assert "values: none to compare" in said and "time of a step" not in said
+    empty = [made([[], []])] * 2
+    assert Check(empty, empty, empty[0], EPS).verdict == "none to compare"
