@@ -107,21 +107,30 @@ def _choose(site: Site, seen: dict[str, Any]) -> Change | None:
     return Change(site, option, seen["calls"], seen["steps"], seen["largest"], gained[option], seen["eps"])
 
 
+def _as_it_ran(name: str, digest: str) -> Source | None:
+    """Somebody may have changed the file meanwhile, or removed it."""
+    try:
+        source = Source(Path(name).read_bytes(), name)
+    except (FileNotFoundError, SyntaxError):
+        return None
+    return source if source.digest == digest else None
+
+
 def advice_from(found: dict[str, Any], not_imported: Sequence[str] = ()) -> Advice:
-    sources: dict[str, Source] = {}
-    changes: dict[str, list[Change]] = {}
     large = [seen for seen in found["seen"] if seen["largest"] >= SMALLEST]
+    sources = {name: _as_it_ran(name, found["texts"][name]) for name in sorted({seen["file"] for seen in large})}
+    changes: dict[str, list[Change]] = {}
     against: Counter[str] = Counter()
     for seen in large:
-        name = seen["file"]
-        if name not in sources:
-            sources[name] = Source(Path(name).read_bytes(), name)
-        change = _choose(sources[name].sites[seen["index"]], seen)
+        source = sources[seen["file"]]
+        change = None if source is None else _choose(source.sites[seen["index"]], seen)
         if change is not None:
-            changes.setdefault(name, []).append(change)
+            changes.setdefault(seen["file"], []).append(change)
+        elif source is None:
+            against["the file has changed since"] += 1
         elif seen["steps"] < _LEAST_STEPS:
             against["seen in one step only"] += 1
         else:
             against[max(seen["against"], key=seen["against"].__getitem__, default="not always plain tensors")] += 1
-    files = [File(sources[name], changes[name]) for name in sorted(changes)]
+    files = [File(source, changes[name]) for name, source in sources.items() if source is not None and name in changes]
     return Advice(files, len(large), against, found["left alone"], list(not_imported))

@@ -79,6 +79,7 @@ def run(task: dict[str, Any], program: list[str]) -> int:
         for name, function in ((PROBE, watch.probe), (CALLEE, watch.callee), (OPERAND, watch.operand)):
             setattr(builtins, name, function)
         compiled["compile"] = watched
+        sys.setrecursionlimit(4 * sys.getrecursionlimit())  # what watches an operator is deeper by three calls
         _see_what_else_runs()
         os.environ["SAFE_INPLACE_ADVISE"] = task["others"]
         _process.reach_children()

@@ -54,6 +54,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return command
 
 
+def _as_shells_have_it(status: int) -> int:
+    return status if status >= 0 else 128 - status
+
+
 class _Ended(Exception):
     """A run of the program that left nothing to go by. The status is the program's."""
 
@@ -85,7 +89,8 @@ class _Program:
             text=True,
         )
         if not os.path.exists(names["result"]):
-            raise _Ended(f"the program ended with status {done.returncode} before its end\n{done.stderr or ''}", done.returncode)
+            status = _as_shells_have_it(done.returncode)
+            raise _Ended(f"the program ended with status {status} before its end\n{done.stderr or ''}", status)
         return json.loads(Path(names["result"]).read_text()) | {"values": names["values"]}
 
     def record(self, what: str, *, guard: bool = False, chosen: Any = None) -> Run:

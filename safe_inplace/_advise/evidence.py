@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 import safe_inplace
 
@@ -49,7 +50,8 @@ def _may_be_written(tensor: torch.Tensor) -> bool:
     return _C.may_take_over(tensor)
 
 
-_lock = threading.Lock()
+# Taken again in one thread: a handler of a signal, or a finalizer, may run the program's code anywhere.
+_lock = threading.RLock()
 
 
 class Seen:
@@ -64,6 +66,8 @@ class Seen:
         self.eps = 0.0  # of the coarsest dtype
         self.gained: dict[Option, int] = dict.fromkeys(site.options, 0)  # bytes, by those that could have stood there so far
         self.against: Counter[str] = Counter()
+        self.is_judged = False  # just now
+        self.within_itself = False
         self.of_others = False  # it has also computed with something else than plain tensors
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,8 +109,14 @@ class Seen:
             first = form.first(*operands)
             result = form.last(first, *operands)
         with torch._C.DisableTorchFunction(), _lock:
-            if is_plain(result):
-                self._judge(operands, first, result, free)
+            if self.is_judged:
+                self.within_itself = True
+            elif is_plain(result):
+                self.is_judged = True
+                try:
+                    self._judge(operands, first, result, free)
+                finally:
+                    self.is_judged = False
             else:
                 self.of_others = True
         return result
@@ -173,8 +183,9 @@ def _is_possible(option: Option, operands: tuple[Any, ...], result: torch.Tensor
     tensors = [value for value in operands if isinstance(value, torch.Tensor)]
     if all(value.is_contiguous() for value in (*tensors, result)):
         return True
-    given = [_described(operands[i]) for i in option.order]
-    return getattr(safe_inplace, option.op)(*given).stride() == result.stride()
+    with _disable_current_modes():
+        given = [_described(operands[i]) for i in option.order]
+        return getattr(safe_inplace, option.op)(*given).stride() == result.stride()
 
 
 def _described(value: Any) -> Any:

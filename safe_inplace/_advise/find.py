@@ -24,6 +24,10 @@ def _is_number(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, (int, float, complex))
 
 
+def _is_zero(node: ast.expr) -> bool:
+    return _is_number(node) and ast.literal_eval(node) == 0
+
+
 def _may_move(node: ast.expr) -> bool:
     """Evaluated earlier or later it is the same: a name, an attribute of one, a number."""
     while isinstance(node, ast.Attribute):
@@ -79,6 +83,8 @@ def _match(node: ast.AST) -> tuple[Form, list[ast.expr]] | None:
             return forms.PLUS_PRODUCT, [a, b, c]
         case ast.BinOp(a, ast.Add(), b):
             return forms.SUM, [a, b]
+        case ast.BinOp(_, ast.Sub(), b) if _is_zero(b):
+            return None  # -0.0 stays what it is, and would not with a zero added
         case ast.BinOp(a, ast.Sub(), ast.BinOp(b, ast.Mult(), c)):
             return forms.MINUS_PRODUCT, [a, b, c]
         case ast.BinOp(ast.BinOp(a, ast.Mult(), b), ast.Sub(), c) if _is_number(c):
@@ -102,6 +108,17 @@ def found_in(node: ast.AST) -> tuple[ast.BinOp, Form, list[ast.expr]] | None:
     return node, *found
 
 
+def _of_functions(scope: ast.AST) -> Iterator[ast.AST]:
+    """What runs in the functions of a class, and not in the class: there a name may be whatever the namespace makes of it."""
+    for node in ast.iter_child_nodes(scope):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from node.body
+        elif isinstance(node, ast.Lambda):
+            yield node.body
+        else:
+            yield from _of_functions(node)
+
+
 def find_sites(tree: ast.Module, keeps_its_text: Callable[[ast.expr, list[ast.expr]], bool]) -> Iterator[Site]:
     """In the order of the text. `keeps_its_text` says whether nothing is lost of an expression if its operands alone are kept."""
     waiting: list[ast.AST] = [tree]
@@ -119,7 +136,9 @@ def find_sites(tree: ast.Module, keeps_its_text: Callable[[ast.expr, list[ast.ex
             continue
         inside: Iterable[ast.AST] = ast.iter_child_nodes(node)
         found = found_in(node)
-        if found is not None and _may_be_a_call(found[0]) and keeps_its_text(found[0], found[2]):
+        if isinstance(node, ast.ClassDef):
+            inside = _of_functions(node)
+        elif found is not None and _may_be_a_call(found[0]) and keeps_its_text(found[0], found[2]):
             binary, form, operands = found
             yield Site(index, binary, form, operands, in_parentheses=id(binary) in enclosed)
             index += 1

@@ -18,7 +18,7 @@ _BIND = frozenset(["STORE_NAME", "STORE_GLOBAL", "DELETE_NAME", "DELETE_GLOBAL"]
 _NOTHING = frozenset(["CACHE", "NOP", "NOT_TAKEN"])
 # What shows a function's variables to others.
 _SHOW = frozenset(["locals", "vars", "eval", "exec", "_getframe", "currentframe"])
-_GLOBALS = frozenset(["globals", "exec", "eval", "vars", "locals", "__dict__"])
+_GLOBALS = frozenset(["globals", "exec", "eval", "vars", "locals", "setattr", "__dict__"])
 _OPTIMIZED = 0x1
 _IMPORT_STAR = 2  # of CALL_INTRINSIC_1
 

@@ -52,7 +52,8 @@ METHODS = frozenset(_NAMES.split())
 MODULES = frozenset(_OF_MODULES.split())
 # What they run when this is imported: somebody may put another forward, or another function, in its place.
 _FORWARDS = {id(module): module.forward for module in (*_named(_OF_MODULES, nn), nn.Sequential)}
-_CALL = nn.Module.__call__
+_CALLS = (nn.Module.__call__, nn.Module._call_impl)
+_OF_INSTANCES = ("forward", "_conv_forward")  # that somebody may have given to one module
 _OF_F = {name: function for name, function in vars(functional).items() if callable(function)}
 _OURS = _named("add add_mul addcmul mul mul_add", ops)
 # By identity: comparing what a program calls would run its code. They are kept, since an identity may come again.
@@ -77,7 +78,9 @@ def is_fresh(callee: Any) -> bool:
 
 
 def _is_plain_module(module: nn.Module) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ or type(module).__call__ is not _CALL:
+    if (type(module).__call__, type(module)._call_impl) != _CALLS or module._compiled_call_impl is not None:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or any(name in module.__dict__ for name in _OF_INSTANCES):
         return False
     held = (*module._parameters.values(), *module._buffers.values())
     if not all(value is None or is_one_of(value, PLAIN) for value in held):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
 import re
 import textwrap
@@ -40,6 +41,10 @@ class Source:
                 self.shown += [each for each in shown if each not in self.shown]
                 site.writable[operand] = list(map(self.shown.index, shown))
         self.settled = list(map(writable.is_settled, self.shown))
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text).hexdigest()
 
     def _is_plain(self) -> bool:
         """The columns that the interpreter counts are the file's own bytes."""
@@ -138,6 +143,20 @@ class Source:
             behind = statement.end_lineno or 0
         return None
 
+    def _import_of_torch(self, before: int) -> int | None:
+        """Where its line begins, in front of that line: what the program does before it, such as setting variables of the
+        environment, torch may depend on."""
+        behind = 0
+        for statement in self.tree.body:
+            if isinstance(statement, ast.Import):
+                names = [alias.name for alias in statement.names]
+            else:
+                names = [statement.module or ""] if isinstance(statement, ast.ImportFrom) and not statement.level else []
+            if any(name.partition(".")[0] == "torch" for name in names):
+                return self._lines[statement.lineno - 1] if behind < statement.lineno <= before else None
+            behind = statement.end_lineno or 0
+        return None
+
     def final(self, chosen: dict[int, Option]) -> bytes:
         """The changed text as a file: with `import safe_inplace`, if it is not there."""
         text = self.changed(chosen)
@@ -146,6 +165,6 @@ class Source:
             names = [name.name for name in node.names if name.asname is None] if isinstance(node, ast.Import) else []
             if _NAME in names and node.lineno < first:
                 return text
-        at = self._place_of_import()
+        at = self._import_of_torch(first) or self._place_of_import()
         assert at is not None, "no site is found in such a file"
         return text[:at] + f"import {_NAME}\n".encode() + text[at:]

@@ -27,7 +27,7 @@ class _File:
     first_shown: int
 
 
-_lock = threading.Lock()  # a forked process watches nothing, and does not ask for it
+_lock = threading.RLock()  # a forked process watches nothing, and does not ask for it
 _files: dict[str, _File] = {}
 _seen: list[Seen] = []
 _shown: list[set[bool]] = []  # of what decides whether a new tensor is made, and nobody keeps it: did it say so?
@@ -125,10 +125,13 @@ def found(others: str = "") -> dict[str, Any]:
     for number, seen in enumerate(_seen):
         if number >= len(_elsewhere) or _elsewhere[number]:
             seen.refute(_ELSEWHERE)
+        if seen.within_itself:
+            seen.refute("it also ran within itself")
         if seen.of_others:
             seen.refute("not always plain tensors")
         for written, shown in seen.site.writable.items():
             if any(_shown[_files[seen.file].first_shown + each] != {True} for each in shown):
                 seen.refute_unsure(written)
     known = [seen.as_dict() for seen in _seen if seen.file not in _left_alone]
-    return {"seen": known, "left alone": sorted(_left_alone)}
+    texts = {name: file.source.digest for name, file in _files.items()}
+    return {"seen": known, "left alone": sorted(_left_alone), "texts": texts}

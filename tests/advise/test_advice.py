@@ -1,6 +1,7 @@
 """From what was seen to what is advised, and the patch of it."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,8 @@ def seen(file, index=0, **changed):
 
 
 def advised(*sites):
-    return advice_from({"seen": list(sites), "left alone": []})
+    texts = {site["file"]: Source(Path(site["file"]).read_bytes(), "").digest for site in sites}
+    return advice_from({"seen": list(sites), "left alone": [], "texts": texts})
 
 
 @pytest.fixture
@@ -46,6 +48,16 @@ def test_what_is_not_advised(program):
     )
     assert advice.changes == [] and advice.sites == 3
     assert advice.against == {"seen in one step only": 1, "b": 1, "not always plain tensors": 1}
+
+
+@pytest.mark.parametrize("text", ["def f(y):\n    return y\n", "def f(", None])
+def test_a_file_that_has_changed_since(program, text):
+    site = seen(program, 1)
+    found = {"seen": [site], "left alone": [], "texts": {site["file"]: Source(program.read_bytes(), "").digest}}
+    assert advice_from(found).changes != []
+    program.unlink() if text is None else program.write_text(text)
+    advice = advice_from(found)
+    assert advice.changes == [] and advice.against == {"the file has changed since": 1}
 
 
 TEXTS = {

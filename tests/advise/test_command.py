@@ -193,6 +193,9 @@ def test_the_status_is_the_programs(tmp_path, advise):
     write(tmp_path, "import os\nos._exit(5)")
     done = advise(tmp_path, "program.py")
     assert done.returncode == 5 and "the program ended with status 5 before its end" in done.stderr
+    write(tmp_path, "import os\nos.kill(os.getpid(), 9)")
+    done = advise(tmp_path, "program.py")
+    assert done.returncode == 137 and "the program ended with status 137 before its end" in done.stderr
     write(tmp_path, "x = (")
     done = advise(tmp_path, "program.py")
     assert done.returncode == 1 and "SyntaxError" in done.stderr
@@ -205,6 +208,86 @@ def test_nothing_to_run(tmp_path, advise):
     assert done.returncode == 2 and "can't open file" in done.stderr
     done = advise(tmp_path, "-m", "missing")
     assert done.returncode == 1 and "No module named missing" in done.stderr
+
+
+def test_the_program_is_watched_unharmed(tmp_path, advise):
+    """Deep recursion, names that a class makes up, modes, handlers of signals, metaclasses that answer for others."""
+    write(
+        tmp_path,
+        """
+        import signal
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Nested:
+            def __init__(self, inner):
+                self.inner = inner
+            def __add__(self, other):
+                return Nested(self.inner + other if self.inner is not None else None)
+
+        nested = None
+        for _ in range(400):
+            nested = Nested(nested)
+        print(type(nested + 1).__name__)
+
+        class Names(dict):
+            def __missing__(self, key):
+                if key.startswith("__"):
+                    raise KeyError(key)
+                return self.setdefault(key, len(self))
+
+        class Auto(type):
+            __prepare__ = classmethod(lambda cls, name, bases: Names())
+            __eq__ = None
+
+        class Bits(metaclass=Auto):
+            A
+            B
+            BOTH = A + B
+
+            def __init__(self):
+                pass
+
+            def __call__(self, x):
+                return x * 2
+
+        print({name: value for name, value in vars(Bits).items() if name.isupper()})
+
+        def twice(x):
+            h = Bits()(x)
+            return h + 1
+
+        print(twice(torch.ones(3)))
+
+        class Log(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                print(function)
+                return function(*args, **(kwargs or {}))
+
+        a, w = torch.ones(256, 256).t(), torch.ones(256, 256)
+        for _ in range(2):
+            with Log():
+                a * w + w
+
+        def handler(*_):
+            global n
+            n += 1
+            a[:4, :4] * w[:4, :4]
+
+        signal.signal(signal.SIGALRM, handler)
+        n = 0
+        for i in range(500):
+            seen = n
+            signal.setitimer(signal.ITIMER_REAL, 0.0001 + 0.000001 * (i % 200))
+            while n == seen:
+                a[:4, :4] * w[:4, :4] + w[:4, :4]
+        print(n)
+        """,
+    )
+    plain = run(tmp_path, "program.py", python=())
+    done = advise(tmp_path, "program.py")
+    assert done.returncode == plain.returncode == 0, done.stderr
+    assert plain.stdout.endswith("500\n") and done.stdout.startswith(plain.stdout)
 
 
 def test_what_runs_last(tmp_path, advise):

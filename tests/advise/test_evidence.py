@@ -16,8 +16,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import safe_inplace
-from safe_inplace._advise import forms, steps, watch
-from safe_inplace._advise.evidence import SMALLEST
+from safe_inplace._advise import evidence, forms, steps, watch
+from safe_inplace._advise.evidence import SMALLEST, is_plain
 from safe_inplace._advise.fresh import is_fresh
 from safe_inplace._advise.instrument import CALLEE, OPERAND, PROBE
 from safe_inplace._advise.source import Source
@@ -199,7 +199,55 @@ def test_what_the_program_calls_is_not_asked():
         def __getattr__(self, name):
             raise KeyError(name)
 
-    assert not any(map(is_fresh, (Proxy(), Unfinished(), functools.partial(torch.sin), torch.Tensor.sin, len)))
+    class Kind(type):
+        def __eq__(self, other):
+            raise KeyError
+
+    class OfThatKind(metaclass=Kind):
+        pass
+
+    assert not any(map(is_fresh, (Proxy(), Unfinished(), OfThatKind(), functools.partial(torch.sin), torch.Tensor.sin, len)))
+    assert not is_plain(OfThatKind())
+
+
+class Weight(torch.nn.Parameter):
+    pass
+
+
+def changed_module(change):
+    module = torch.nn.Conv1d(2, 2, 1)
+    change(module)
+    return module
+
+
+MODULES = {
+    "a weight of its own kind": lambda: changed_module(lambda m: setattr(m, "weight", Weight(m.weight.detach()))),
+    "a method of the instance": lambda: changed_module(lambda m: setattr(m, "_conv_forward", lambda x, *_: x)),
+    "a hook before": lambda: changed_module(lambda m: m.register_forward_pre_hook(lambda *_: None)),
+    "compiled": lambda: changed_module(lambda m: m.compile(backend="eager")),
+    "an empty sequence": torch.nn.Sequential,
+    "a sequence that begins with another": lambda: torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)),
+    "a sequence that ends with another": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()),
+}
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_modules_that_are_not_trusted(module):
+    assert not is_fresh(module()) and is_fresh(torch.nn.Conv1d(2, 2, 1))
+
+
+@pytest.mark.parametrize("name", ["_call_impl", "__call__"])
+def test_a_call_that_somebody_changed(name, monkeypatch):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert is_fresh(module)
+    monkeypatch.setattr(torch.nn.Module, name, lambda module, x: x)
+    assert not is_fresh(module)
+
+
+def test_a_sequence_with_another_forward(monkeypatch):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    monkeypatch.setattr(torch.nn.Sequential, "forward", lambda module, x: x)
+    assert not is_fresh(module)
 
 
 FORBIDDEN = {
@@ -242,7 +290,31 @@ def test_a_file_that_changes_is_left_alone():
     for text in (b"r = x + y\n", b"r = y + x\n"):
         tree = watch.watch(Source(text, "program.py"))
     assert "probe" not in ast.unparse(tree)
-    assert watch.found() == {"seen": [], "left alone": [os.path.realpath("program.py")]}
+    found = watch.found()
+    assert found["seen"] == [] and found["left alone"] == [os.path.realpath("program.py")]
+
+
+def test_a_site_within_its_own_judgement(monkeypatch):
+    """A handler of a signal, or a finalizer, may run the program's code where the lock is held."""
+
+    def interrupted(*arguments):
+        if next(running, False):
+            function(torch.rand(SHAPE), torch.rand(128), [])
+        return judged(*arguments)
+
+    judged, running = evidence._is_possible, iter([True])
+    monkeypatch.setattr(evidence, "_is_possible", interrupted)
+    text = "import torch\ndef function(a, w, kept):\n    h = a.sin()\n    return h + 1\n"
+
+    def call(watched):
+        nonlocal function
+        function = watched
+        for _ in range(4):
+            function(torch.rand(SHAPE), torch.rand(128), [])
+
+    function = None
+    advice = advice_of(text, call, {"torch": torch})
+    assert advice.changes == [] and advice.against == {"it also ran within itself": 1}
 
 
 def test_once_held_is_held():

@@ -29,6 +29,7 @@ FOUND = {
     "f(z) + g(x) * h(y)": ["addcmul(f(z), g(x), h(y))"],
     "x - y * z": ["addcmul(x, y, z, value=-1)", "addcmul_(x, y, z, value=-1)"],
     "x * y - 2": ["mul_add(x, y, -2)", "mul_add_(x, y, -2)", "mul_add(y, x, -2)"],
+    "x * y - 0.0": ["mul(x, y)", "mul_(x, y)", "mul(y, x)"],
     "2 * x - -1.5": ["mul_add(2, x, 1.5)", "mul_add(x, 2, 1.5)", "mul_add_(x, 2, 1.5)"],
     "x * y - z": ["add(mul(x, y), z, alpha=-1)", "mul_(x, y)", "mul(y, x)"],
     "(x + y) * z": ["add_mul(x, y, z)", "add_mul_(x, y, z)", "add_mul(y, x, z)"],
@@ -65,6 +66,7 @@ NOT_FOUND = [
     "f'{x + y}'",
     "x @ y",
     "x / y",
+    "x - 0",
     "(x := y) + z",
     "(yield x) + y",
     "[*x] and (x if y else z)",
@@ -153,6 +155,11 @@ def final(text):
         ("r = x + y\nimport safe_inplace", "import safe_inplace\nr = safe_inplace.add(x, y)\nimport safe_inplace"),
         ("if 1: import safe_inplace\nr = x + y", "import safe_inplace\nif 1: import safe_inplace\nr = safe_inplace.add(x, y)"),
         ("'doc'\n@f\ndef g(): return x + y", "'doc'\nimport safe_inplace\n@f\ndef g(): return safe_inplace.add(x, y)"),
+        ("a.b = 1\nimport torch\nr = x + y", "a.b = 1\nimport safe_inplace\nimport torch\nr = safe_inplace.add(x, y)"),
+        ("a = 1\nfrom torch.nn import f\nx + y", "a = 1\nimport safe_inplace\nfrom torch.nn import f\nsafe_inplace.add(x, y)"),
+        ("r = x + y\nimport torch", "import safe_inplace\nr = safe_inplace.add(x, y)\nimport torch"),
+        ("import os; import torch\nr = x + y", "import safe_inplace\nimport os; import torch\nr = safe_inplace.add(x, y)"),
+        ("from .torch import f\nr = x + y", "import safe_inplace\nfrom .torch import f\nr = safe_inplace.add(x, y)"),
         # No line of its own is free for it.
         ("from __future__ import annotations; r = x + y", None),
         ("'''doc\nument'''; r = x + y", None),
@@ -172,6 +179,27 @@ def test_the_new_file(before, after):
             after = after.replace("x + y", "safe_inplace.add(x, y)").replace("import os", "import safe_inplace\nimport os")
         assert final(before) == after
         ast.parse(after)
+
+
+def test_of_a_class_only_its_functions():
+    text = """
+    @f(x + 1)
+    class C(x + 2):
+        a = x + 3
+        if a:
+            @f(x + 4)
+            def g(self, y=x + 5):
+                return x + 10
+        b = [x + 6 for x in a], lambda y=x + 7: x + 11
+        class D:
+            a = x + 8
+            async def h(self):
+                class E:
+                    a = x + 9
+                    g = lambda self: x + 12
+    """
+    source = Source(textwrap.dedent(text).encode(), "program.py")
+    assert sorted(source.text_of(site.operands[1]) for site in source.sites) == ["10", "11", "12"]
 
 
 def test_annotations_stay():

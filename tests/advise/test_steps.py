@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safe_inplace._advise.steps import Record, counted
+from safe_inplace._advise.steps import Record, _Counted, counted
+
+
+@pytest.fixture(autouse=True)
+def counts(monkeypatch):
+    """Of the process: those of other tests stay."""
+    for name in ("passes", "calls"):
+        monkeypatch.setattr(_Counted, name, 0)
 
 
 class Gives(nn.Module):
