@@ -104,11 +104,11 @@ class Flow:
         """Where the value that the variable has at that instruction is read before, on whatever way; and whether it is read just
         there. An instruction that is for two variables has the place of one of them; both are in one line."""
         for at in self._backward(name, index, kept_through)[1]:
-            if self._access(name, at) == "LOAD":
+            if "LOAD" in self._accesses(name, at):
                 yield self._position(at), not isinstance(self._instructions[at].argval, tuple)
 
     def _backward(self, name: str, index: int, kept_through: Collection[Position]) -> tuple[set[Position | None], set[int]]:
-        """Where the variable was bound, and all instructions from there to `index`, on whatever way."""
+        """Where the variable was bound, and all instructions from that to `index`, on whatever way."""
         found: set[Position | None] = set()
         passed: set[int] = set()
         waiting = [index]
@@ -116,12 +116,12 @@ class Flow:
             at = waiting.pop()
             if at in passed:
                 continue
+            passed.add(at)
             if self._access(name, at) == "STORE":
                 position = self._position(at)
                 found.add(position)
                 if position not in kept_through:
                     continue
-            passed.add(at)
             waiting += self._before[at]
         return found, passed
 
@@ -148,16 +148,20 @@ class Flow:
         return at.lineno, at.end_lineno, at.col_offset, at.end_col_offset
 
     def _access(self, name: str, index: int) -> str | None:
-        """The first thing that an instruction does to the variable. Some do two, to two variables or to one."""
+        """The first thing that an instruction does to the variable."""
+        return next(iter(self._accesses(name, index)), None)
+
+    def _accesses(self, name: str, index: int) -> list[str]:
+        """What an instruction does to the variable. Some do two things, to two variables or to one."""
         each = self._instructions[index]
         if not self.code.co_flags & _OPTIMIZED:
             found = _OF_A_MODULE.match(each.opname)
-            return found[1] if found and each.argval == name else None
+            return [found[1]] if found and each.argval == name else []
         kinds: list[str] = _OF_A_FUNCTION.findall(each.opname)
         if each.opcode not in dis.haslocal or not kinds:  # or one that makes a cell of it
-            return None
+            return []
         names = each.argval if isinstance(each.argval, tuple) else (each.argval,)
-        return next((kind for kind, own in zip(kinds, names, strict=True) if own == name), None)
+        return [kind for kind, own in zip(kinds, names, strict=True) if own == name]
 
     @cached_property
     def _after(self) -> list[list[int]]:

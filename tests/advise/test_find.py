@@ -341,6 +341,7 @@ KEPT = [
     "raise_(*x)",
     "y = x, x",
     "y = 1; z = x; g = z",
+    "x = torch.cos(z); x.numpy()",
 ]
 
 
