@@ -474,15 +474,20 @@ def test_copy_of_many_rows_is_linear():
         return w.grad
 
     torch.testing.assert_close(copying(50), plain(50))
-    pieces, whole = Counter(), Counter()
-    # As many rows in one piece as in eight, half of which run before and half after: the machine may be slower meanwhile.
-    for lengths, seconds in (([250] * 4, pieces), ([2000], whole), ([250] * 4, pieces)):
-        for n in lengths:
-            for program in (copying, plain):
-                began = time.process_time()
-                program(n)
-                seconds[program] += time.process_time() - began
-    assert whole[copying] / pieces[copying] < 2 * whole[plain] / pieces[plain]
+
+    def excess():
+        """Of one piece over as many rows in eight, half of which run before and half after; copying over plain."""
+        pieces, whole = Counter(), Counter()
+        for lengths, seconds in (([250] * 4, pieces), ([2000], whole), ([250] * 4, pieces)):
+            for n in lengths:
+                for program in (copying, plain):
+                    began = time.process_time()
+                    program(n)
+                    seconds[program] += time.process_time() - began
+        return (whole[copying] / pieces[copying]) / (whole[plain] / pieces[plain])
+
+    # The machine may be slower meanwhile. What is quadratic is eight times as slow, each time.
+    assert any(excess() < 2 for _ in range(5))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
