@@ -111,7 +111,7 @@ def _as_it_ran(name: str, digest: str) -> Source | None:
     """Somebody may have changed the file meanwhile, or removed it."""
     try:
         source = Source(Path(name).read_bytes(), name)
-    except (FileNotFoundError, SyntaxError):
+    except (FileNotFoundError, SyntaxError, RecursionError):
         return None
     return source if source.digest == digest else None
 

@@ -21,16 +21,15 @@ _TELL = _named("device dtype is_cpu is_cuda is_leaf is_sparse itemsize layout nb
 _ARE_VIEWS = _named("H T data mH mT")
 _METHODS_THAT_TELL = METHODS | _named(
     """
-    all allclose amax amin any argmax argmin argsort backward bool data_ptr dim element_size eq equal ge get_device gt int
-    is_complex is_contiguous is_floating_point isfinite isinf isnan item le long lt max median min ndimension ne nelement nonzero
+    all allclose amax amin any argmax argmin argsort backward data_ptr dim element_size eq equal ge get_device gt
+    is_complex is_contiguous is_floating_point isfinite isinf isnan item le lt max median min ndimension ne nelement nonzero
     norm numel size sort storage_offset stride tolist topk
     """
 )
 _METHODS_OF_VIEWS = {f"{name}_" for name in METHODS} | _named(
     """
-    bfloat16 chunk contiguous cpu cuda detach diagonal double expand expand_as flatten float half movedim narrow permute reshape
-    reshape_as select split squeeze swapaxes swapdims t tensor_split to transpose type type_as unbind unflatten unfold unsqueeze
-    view view_as
+    bfloat16 bool contiguous cpu cuda detach diagonal double expand expand_as flatten float half int long movedim narrow permute
+    reshape reshape_as select squeeze swapaxes swapdims t to transpose type type_as unflatten unfold unsqueeze view view_as
     """
 )
 
@@ -70,7 +69,7 @@ class Readers:
         """What decides that nobody who reads `node`, a plain tensor or a view of one, has it any more when the site comes; None
         where somebody may."""
         around: list[ast.AST] = [site]
-        while isinstance(around[-1], (ast.expr, ast.keyword)):
+        while not isinstance(around[-1], ast.stmt):
             around.append(self._parents[id(around[-1])])
         return self._of(node, around)
 
@@ -102,7 +101,8 @@ class Readers:
                 return called(parent)
             case ast.keyword(arg=str()):
                 call = self._parents[id(parent)]
-                return called(call) if isinstance(call, ast.Call) else None
+                waits = any(call is each for each in around)
+                return called(call) if isinstance(call, ast.Call) and not waits else None
         return None
 
     def _of_attribute(self, attribute: ast.Attribute, name: str, around: list[ast.AST]) -> list[Shown] | None:

@@ -33,13 +33,13 @@ class Source:
         may_be_changed = self._is_plain() and not self._binds_our_name() and self._place_of_import() is not None
         self.sites = list(find_sites(self.tree, self._keeps_its_text)) if may_be_changed else []
         self.left_alone = not may_be_changed and any(map(found_in, ast.walk(self.tree)))
-        self.shown: list[Shown] = []  # what decides whether a site may be written
+        numbers: dict[Shown, int] = {}
         writable = Writable(self.tree, self._flows)
         for site in self.sites:
             site.function = writable.function_of(site)
             for operand, shown in writable.operands_of(site).items():
-                self.shown += [each for each in shown if each not in self.shown]
-                site.writable[operand] = list(map(self.shown.index, shown))
+                site.writable[operand] = [numbers.setdefault(each, len(numbers)) for each in shown]
+        self.shown = list(numbers)  # what decides whether a site may be written
         self.settled = list(map(writable.is_settled, self.shown))
 
     @property

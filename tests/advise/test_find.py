@@ -315,6 +315,8 @@ KEPT = [
     "y = x.T",
     "y = [x]",
     "y = self.norm(x.contiguous, x)",
+    "y = x.long()",
+    "y = x.chunk(2) * 2",
     "y = self.drop(x).sum()",
     "y = max(x, y)",
     "y = super().forward(x)",
@@ -369,6 +371,8 @@ def test_who_may_keep_it(body):
         ("r = x.float() * (x + 1)", False),  # it waits for the sum
         ("r = y * f(x.T, z=x + 1)", False),
         ("r = [x.data, x + 1]", False),
+        ("r = torch.sub(input=x if y else z, other=x + 1)", False),
+        ("r = torch.sub(x if y else z, [t for t in [x + 1]][0])", False),
         ("r = x.mean() * (x + 1)", True),
         ("r = f(x.T.sum(), x + 1)", True),
         ("r = (x + 1 if x.ndim else x)", True),
@@ -395,6 +399,9 @@ SETTLED = {
     "self.maybe(x)": False,
     "self.rebound(x)": False,
     "self.relu(x)": False,
+    "self.gelu(x)": True,
+    "other.norm(x)": False,
+    "nn.ReLU(flag)(x)": False,
     "self.unknown(x)": False,
     "self.dropped(x)": False,
     "nn.Identity()(x)": False,
@@ -422,12 +429,46 @@ def test_who_is_always_called(call):
                 self.maybe = nn.LayerNorm(2) if flag else nn.Identity()
                 self.rebound, self.more = nn.Linear(2, 2), nn.Linear(2, 2)
                 self.relu = nn.ReLU(inplace=flag)
-            def forward(self, x, f):
+                self.gelu = nn.GELU("tanh")
+            def forward(self, x, f, other):
                 h = {call}
                 return h + 1
     """
     source = Source(textwrap.dedent(text).encode(), "program.py")
     assert source.settled == [SETTLED[call]]
+
+
+# Of a module whose class is this, whether `self.norm` is always what it is.
+SETTLED_MODULES = {
+    "": True,
+    "model = Block()\nmodel.norm = nn.Identity()": False,
+    "class More(Block):\n    def more(self):\n        self.norm = given": False,
+    "def change(model): setattr(model, 'norm', None)": False,
+    "def change(model): model.add_module('norm', None)": False,
+    "from mine import *": False,
+    "from mine import nn": False,
+    "if flag:\n    from mine import nn": False,
+    "nn.LayerNorm = given": False,
+    "nn = given": False,
+    "class Other(nn.Module):\n    def __init__(self):\n        self.norm = nn.Linear(2, 2)": True,
+}
+
+
+@pytest.mark.parametrize("more", SETTLED_MODULES)
+def test_a_module_of_one_kind(more):
+    text = """
+        import torch
+        from torch import nn
+        class Block(nn.Module):
+            def __init__(self):
+                self.norm = nn.LayerNorm(2)
+            def forward(self, x):
+                h = self.norm(x)
+                return h + 1
+    """
+    assert Source(f"{textwrap.dedent(text)}{more}\n".encode(), "program.py").settled == [SETTLED_MODULES[more]]
+    based = textwrap.dedent(text).replace("nn.Module", "Base")
+    assert Source(f"{based}{more}\n".encode(), "program.py").settled == [False]
 
 
 FROM_ELSEWHERE = [
