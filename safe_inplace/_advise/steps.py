@@ -65,11 +65,15 @@ def _is_kept(value: Any) -> TypeGuard[torch.Tensor]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    for leaf in _pytree.tree_leaves(value):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from _leaves(dict(vars(leaf)))
-        else:
-            yield leaf
+    waiting: list[Any] = [value]
+    known: list[Any] = []
+    while waiting:
+        for leaf in _pytree.tree_leaves(waiting.pop(0)):
+            if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+                yield leaf
+            elif not any(leaf is each for each in known):  # one may hold itself
+                known.append(leaf)
+                waiting.append([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
 
 
 def _is_outermost(frame: FrameType | None) -> bool:

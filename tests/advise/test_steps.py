@@ -42,10 +42,24 @@ class Output:
     more: list
 
 
+@dataclasses.dataclass(slots=True)
+class Slots:
+    logits: torch.Tensor
+    whole: object = None
+    unset: object = dataclasses.field(init=False)
+
+
+def cyclic():
+    output = Slots(torch.ones(2))
+    output.whole = [output]
+    return output
+
+
 KEPT = {
     "a tensor": (lambda: torch.ones(2), 1),
     "in a container": (lambda: {"a": [torch.ones(2)], "b": (torch.zeros(1), None)}, 2),
     "in an object": (lambda: Output(torch.ones(2), [Output(torch.ones(3), [])]), 2),
+    "in one with slots, that holds itself": (cyclic, 1),
     "sparse": (lambda: torch.eye(2).to_sparse(), 1),
     "conjugate": (lambda: torch.ones(2, dtype=torch.complex64).conj(), 1),
     "on no device": (lambda: torch.ones(2, device="meta"), 0),
