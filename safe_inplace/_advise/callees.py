@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+
+from torch import nn
 
 from .flow import Flow
 from .fresh import MODULES
 
 _TRUSTED = ("torch", "safe_inplace")
-# Of torch.nn, those that may be told to write in place.
-_MAY_WRITE = frozenset(["ELU", "Hardswish", "LeakyReLU", "Mish", "ReLU", "ReLU6", "SELU", "SiLU"])
+# Those that may be told to write in place.
+_MAY_WRITE = frozenset(name for name in MODULES if "inplace" in inspect.signature(getattr(nn, name)).parameters)
 # By these a module is given another one without an assignment in the text.
 _GIVE = ("setattr", "add_module", "register_module", "fuse_modules", "_modules")
 
@@ -31,9 +34,7 @@ class Callees:
                 self._imports.update(each.asname or each.name for each in node.names)
             elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
                 self._stored[node.attr].append(node)
-        self._has_star = any(
-            isinstance(node, ast.ImportFrom) and any(each.name == "*" for each in node.names) for node in ast.walk(tree)
-        )
+        self._has_star = any(flow.imports_star for flow in flows)
         self._gives = any(flow.mentions(name) for flow in flows for name in _GIVE)
 
     def is_settled(self, function: ast.expr) -> bool:

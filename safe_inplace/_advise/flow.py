@@ -53,13 +53,16 @@ class Flow:
         return name in self.code.co_names
 
     @cached_property
-    def may_bind_anything(self) -> bool:
-        """Global variables, without naming them."""
-        star = any(
+    def imports_star(self) -> bool:
+        return any(
             each.opname == "IMPORT_STAR" or (each.opname == "CALL_INTRINSIC_1" and each.arg == _IMPORT_STAR)
             for each in self._instructions
         )
-        return star or bool(_GLOBALS & {*self.code.co_names})
+
+    @cached_property
+    def may_bind_anything(self) -> bool:
+        """Global variables, without naming them."""
+        return self.imports_star or bool(_GLOBALS & {*self.code.co_names})
 
     def operators(self) -> Iterator[tuple[Position, int]]:
         for index, each in enumerate(self._instructions):

@@ -68,14 +68,16 @@ class Readers:
     def of(self, node: ast.expr, site: ast.expr) -> list[Shown] | None:
         """What decides that nobody who reads `node`, a plain tensor or a view of one, has it any more when the site comes; None
         where somebody may."""
-        around: list[ast.AST] = [site]
-        while not isinstance(around[-1], ast.stmt):
-            around.append(self._parents[id(around[-1])])
+        waiting: ast.AST = site
+        around = {id(site)}
+        while not isinstance(waiting, ast.stmt):
+            waiting = self._parents[id(waiting)]
+            around.add(id(waiting))
         return self._of(node, around)
 
-    def _of(self, node: ast.expr, around: list[ast.AST]) -> list[Shown] | None:
+    def _of(self, node: ast.expr, around: set[int]) -> list[Shown] | None:
         parent = self._parents[id(node)]
-        if any(parent is each for each in around):
+        if id(parent) in around:
             return None  # it waits for the site
         match parent:
             case ast.BinOp(op=op) if isinstance(op, _ARITHMETIC):
@@ -101,14 +103,13 @@ class Readers:
                 return called(parent)
             case ast.keyword(arg=str()):
                 call = self._parents[id(parent)]
-                waits = any(call is each for each in around)
-                return called(call) if isinstance(call, ast.Call) and not waits else None
+                return called(call) if isinstance(call, ast.Call) and id(call) not in around else None
         return None
 
-    def _of_attribute(self, attribute: ast.Attribute, name: str, around: list[ast.AST]) -> list[Shown] | None:
+    def _of_attribute(self, attribute: ast.Attribute, name: str, around: set[int]) -> list[Shown] | None:
         call = self._parents[id(attribute)]
         if not (isinstance(call, ast.Call) and call.func is attribute):
             return [] if name in _TELL else self._of(attribute, around) if name in _ARE_VIEWS else None
-        if called(call) is None or any(call is each for each in around):
+        if called(call) is None or id(call) in around:
             return None
         return [] if name in _METHODS_THAT_TELL else self._of(call, around) if name in _METHODS_OF_VIEWS else None
